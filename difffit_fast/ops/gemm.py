@@ -1,0 +1,57 @@
+"""Matrix products with frozen weights.
+
+Operands are 2-D (B·T flattened). On a CPU without bf16 (or fp16) matrix instructions PyTorch's half-precision products
+run ten to fifty times slower than float32 ones, so there the operands are widened, multiplied in float32 and rounded once:
+the same result, or a better one.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def cpu_has_fast(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype with instructions of this CPU (AVX-512 or better for bf16)."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+def widen(x: Tensor) -> bool:
+    """Whether products of tensors like ``x`` are to be computed in float32 on this device."""
+    return x.device.type == "cpu" and not cpu_has_fast(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, K) times weight (N, K) transposed, plus bias (N): (M, N) in the dtype of x."""
+    if widen(x):
+        x32, w32 = x.float(), weight.float()
+        out = torch.mm(x32, w32.t()) if bias is None else torch.addmm(bias.float(), x32, w32.t())
+        return out.to(x.dtype)
+    if bias is None:
+        return torch.mm(x, weight.t())
+    return torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
+def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy (M, N) times weight (N, K): the gradient of the input of ``linear``, (M, K)."""
+    if widen(dy):
+        return torch.mm(dy.float(), weight.float()).to(dy.dtype)
+    return torch.mm(dy, weight)
+
+
+def check_operands(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise with both sides' shapes and dtypes when ``linear(x, weight)`` cannot work."""
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: weight must be (out, in) with in = {x.shape[-1]}, the last size of x {tuple(x.shape)}; "
+            f"got {tuple(weight.shape)}"
+        )
+    if x.dtype != weight.dtype:
+        raise TypeError(f"{name}: x and the frozen weight must have one dtype; got {x.dtype} and {weight.dtype}")

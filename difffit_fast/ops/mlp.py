@@ -1,0 +1,117 @@
+"""frozen_mlp: f = W₂·gelu(W₁ h + b₁) with frozen W₁, W₂ and the tanh GELU. Saved: the pre-activation u, nothing else.
+
+    dg = df·W₂,   du = dg·gelu′(u),   db₁ = Σ du,   dh = du·W₁
+
+The second bias is not here: it enters with the residual (see :mod:`.residual`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._register import check_frozen, register, wide
+from .dispatch import pick
+from .gemm import check_operands, dgrad, linear
+
+_K = math.sqrt(2 / math.pi)
+
+
+# -- the plain reference -------------------------------------------------------------------------------------------
+def gelu_forward(u: Tensor) -> Tensor:
+    return F.gelu(u.to(wide(u.dtype)), approximate="tanh").to(u.dtype)
+
+
+def gelu_backward(dg: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    w = u.to(wide(u.dtype))
+    t = torch.tanh(_K * (w + 0.044715 * w**3))
+    slope = 0.5 * (1 + t) + 0.5 * w * (1 - t * t) * _K * (1 + 3 * 0.044715 * w * w)
+    du = dg.to(w.dtype) * slope
+    return du.to(u.dtype), du.sum(0)
+
+
+# -- registration --------------------------------------------------------------------------------------------------
+def _check(h: Tensor, w1: Tensor, w2: Tensor) -> None:
+    check_operands("frozen_mlp (fc1)", h, w1)
+    if w2.dim() != 2 or w2.shape[1] != w1.shape[0] or w2.dtype != w1.dtype:
+        raise ValueError(
+            f"frozen_mlp: fc2's weight must be (out, {w1.shape[0]}) in {w1.dtype}; got {tuple(w2.shape)} in {w2.dtype}"
+        )
+
+
+def _forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    _check(h, w1, w2)
+    u = linear(h.reshape(-1, h.shape[-1]), w1, b1)
+    f = linear(pick("mlp", gelu_forward, u)(u), w2)
+    return f.view(*h.shape[:-1], w2.shape[0]), u
+
+
+def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    _check(h, w1, w2)
+    rows = h.numel() // h.shape[-1] if h.shape[-1] else 0
+    return h.new_empty(*h.shape[:-1], w2.shape[0]), h.new_empty(rows, w1.shape[0])
+
+
+def _backward(df: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
+    dg = dgrad(df.reshape(-1, w2.shape[0]).contiguous(), w2)
+    du, db1 = pick("mlp", gelu_backward, u)(dg, u)
+    dh = dgrad(du, w1).view(*df.shape[:-1], w1.shape[1]) if need_dh else df.new_empty(0)
+    return dh, db1
+
+
+def _backward_fake(df: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
+    dh = df.new_empty(*df.shape[:-1], w1.shape[1]) if need_dh else df.new_empty(0)
+    return dh, df.new_empty(w1.shape[0], dtype=wide(df.dtype))
+
+
+backward_op = register(
+    "frozen_mlp_backward(Tensor df, Tensor w1, Tensor w2, Tensor u, bool need_dh) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, w1, b1, w2 = inputs
+    check_frozen(ctx, 1, "the weight of fc1")
+    check_frozen(ctx, 3, "the weight of fc2")
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.bias_dtype = b1.dtype
+    if any(ctx.needs_input_grad):
+        ctx.save_for_backward(w1, w2, output[1])
+
+
+def _autograd(ctx: Any, df: Tensor | None, _: Any) -> tuple:
+    if df is None:
+        return None, None, None, None
+    need_dh, _, need_db, _ = ctx.needs_input_grad
+    dh, db1 = backward_op(df, *ctx.saved_tensors, need_dh)
+    return dh if need_dh else None, None, db1.to(ctx.bias_dtype) if need_db else None, None
+
+
+_frozen_mlp = register(
+    "frozen_mlp(Tensor h, Tensor w1, Tensor b1, Tensor w2) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_autograd,
+)
+
+
+def frozen_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    """fc2(gelu_tanh(fc1(h))) without fc2's bias, both weights frozen.
+
+    Args:
+        h: (..., D), the compute dtype.
+        w1, w2: frozen weights of fc1 (F, D) and fc2 (D, F), the dtype of ``h``; asking for their gradient is an error.
+        b1: bias of fc1, (F,), usually float32.
+
+    Returns:
+        (..., D) in the dtype of ``h``.
+    """
+    return _frozen_mlp(h, w1, b1, w2)[0]
