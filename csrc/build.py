@@ -1,0 +1,241 @@
+"""How the extension ``difffit_fast._C`` is built: which sources, which flags, and what happens when it cannot be.
+
+``csrc/*.cpp`` is always compiled, ``csrc/cuda/*`` when PyTorch has CUDA and nvcc is there. Everything is written against
+the libtorch stable ABI of PyTorch 2.10, so one build serves later versions. Without a compiler or without PyTorch the
+package still installs, and says at run time what is missing.
+
+Environment variables:
+
+DIFFFIT_FAST_REQUIRE_EXT=1    fail instead of installing without the extension
+DIFFFIT_FAST_CUDA=0 or 1      leave the CUDA sources out, or fail when they cannot be compiled (unset: when possible)
+DIFFFIT_FAST_CXXFLAGS         more flags for the C++ compiler and the linker (for example -fsanitize=address)
+TORCH_CUDA_ARCH_LIST          GPU architectures, as for every PyTorch extension (unset: this machine's GPUs, or DEFAULT_ARCHS)
+MAX_JOBS                      compilers at once (unset: from cores and free memory)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = "0x020a000000000000"  # libtorch stable ABI of PyTorch 2.10
+MIN_TORCH = (2, 10)
+DEFAULT_ARCHS = "8.0;9.0a;10.0"
+MEMORY_PER_JOB = {False: 1.0, True: 4.0}  # GiB of one compiler process: g++ alone, with nvcc
+
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-g0",
+]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
+DEFINES = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET}"]
+
+
+class BuildProblem(RuntimeError):
+    """The extension, or its CUDA half, cannot be built here; the message says why."""
+
+
+# -- decisions, each a function of its arguments ---------------------------------------------------------------------
+def max_jobs(cores: int, free_gib: float, cuda: bool = False) -> int:
+    """Compilers to run at once: one per core, but no more than fit into the free memory; at least one."""
+    return max(1, min(cores, int(free_gib / MEMORY_PER_JOB[cuda])))
+
+
+def free_memory_gib() -> float:
+    """Memory that can be had now, in GiB (MemAvailable and the cgroup's limit on Linux; 4 where it cannot be known)."""
+    free = []
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free.append(int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) / 2**20)  # type: ignore[index]
+    except (OSError, TypeError):
+        pass
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            free.append((int(limit) - used) / 2**30)
+    except (OSError, ValueError):
+        pass
+    return min(free, default=4.0)
+
+
+def check_cuda_versions(nvcc: str, torch_cuda: str) -> str | None:
+    """Compare nvcc's version with the CUDA version PyTorch was built for, both like ``"13.0"``.
+
+    Returns a warning when only the minor versions differ, None when they agree.
+
+    Raises:
+        BuildProblem: the major versions differ: the library would not load, or would crash.
+    """
+    if nvcc.split(".")[0] != torch_cuda.split(".")[0]:
+        raise BuildProblem(
+            f"nvcc is CUDA {nvcc}, but PyTorch was built for CUDA {torch_cuda}; the major versions must agree. Point CUDA_HOME "
+            f"to a CUDA {torch_cuda.split('.')[0]} toolkit, install a PyTorch for CUDA {nvcc.split('.')[0]}, or set "
+            f"DIFFFIT_FAST_CUDA=0 to build without CUDA C++ (the Triton kernels do not need nvcc)."
+        )
+    if nvcc.split(".")[:2] != torch_cuda.split(".")[:2]:
+        return f"nvcc is CUDA {nvcc} and PyTorch was built for CUDA {torch_cuda}; minor versions may differ, building on"
+    return None
+
+
+def wants_cuda(setting: str | None, torch_cuda: str | None, nvcc: str | None) -> bool:
+    """Whether the CUDA sources are compiled; ``setting`` is DIFFFIT_FAST_CUDA, ``nvcc`` its path or None.
+
+    Raises:
+        BuildProblem: ``setting`` is ``"1"`` and PyTorch's CUDA or nvcc is missing, or it is neither 0, 1 nor unset.
+    """
+    if setting not in (None, "", "0", "1"):
+        raise BuildProblem(f"DIFFFIT_FAST_CUDA must be 0 or 1; got {setting!r}")
+    if setting == "0":
+        return False
+    missing = [] if torch_cuda else ["a PyTorch with CUDA (this one is built for the CPU)"]
+    missing += [] if nvcc else ["nvcc (set CUDA_HOME or PATH)"]
+    if setting == "1" and missing:
+        raise BuildProblem(f"DIFFFIT_FAST_CUDA=1, but this is missing: {' and '.join(missing)}")
+    return not missing
+
+
+def nvcc_version(nvcc: str) -> str:
+    """``"13.0"`` from ``nvcc --version``."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    if not found:
+        raise BuildProblem(f"{nvcc} --version does not tell its version:\n{text}")
+    return found[1]
+
+
+def required() -> bool:
+    """DIFFFIT_FAST_REQUIRE_EXT=1: an install without the extension is an error."""
+    return os.environ.get("DIFFFIT_FAST_REQUIRE_EXT", "0") not in ("", "0")
+
+
+# -- the extension ---------------------------------------------------------------------------------------------------
+def extensions() -> list[Any]:
+    """The extension to build, or nothing where PyTorch cannot be imported (source distributions, isolated builds)."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        _give_up(
+            f"PyTorch cannot be imported while building ({error}). Install it first, then build in the same environment: "
+            "pip install --no-build-isolation ."
+        )
+        return []
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < MIN_TORCH:
+        _give_up(f"PyTorch {torch.__version__} has no stable ABI of 2.10; the extension needs PyTorch >= 2.10.")
+        return []
+
+    nvcc = shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc") if cpp_extension.CUDA_HOME else None
+    cuda = wants_cuda(os.environ.get("DIFFFIT_FAST_CUDA"), torch.version.cuda, nvcc)
+    if cuda:
+        warning = check_cuda_versions(nvcc_version(nvcc), torch.version.cuda)
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+
+    more = shlex.split(os.environ.get("DIFFFIT_FAST_CXXFLAGS", ""))
+    defines = [*DEFINES, "-DUSE_CUDA", "-DDIFFFIT_FAST_WITH_CUDA"] if cuda else DEFINES
+    sources = sorted((ROOT / "csrc").glob("*.cpp"))
+    if cuda:
+        sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    extension = make(
+        "difffit_fast._C",
+        [str(path.relative_to(ROOT)) for path in sources],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": [*CXX_FLAGS, *defines, *more], "nvcc": [*NVCC_FLAGS, *defines]},
+        extra_link_args=more,
+    )
+    # The stable ABI lies in torch_cpu and torch_cuda. Linking the other libraries would tie the build to one PyTorch.
+    extension.libraries = ["torch_cpu", "torch_cuda", "cudart", "cublasLt"] if cuda else ["torch_cpu"]
+    return [extension]
+
+
+def build_ext_command() -> type:
+    """PyTorch's ninja build, which writes build_info.json beside the library and does not fail for want of a compiler."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError:
+        from setuptools.command.build_ext import build_ext
+
+        return build_ext
+
+    class build_ext_or_go_on(BuildExtension):  # noqa: N801 (the name setuptools gives its commands)
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:  # every way a compiler can fail
+                _give_up(f"the compiler failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                self.extensions = []
+
+        def build_extensions(self) -> None:
+            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+            compiler = shlex.split(os.environ.get("CXX", "") or "c++")[0]
+            if not shutil.which(compiler):
+                raise BuildProblem(f"no C++ compiler ({compiler} not found)")
+            cuda = "cudart" in self.extensions[0].libraries
+            os.environ.setdefault("MAX_JOBS", str(max_jobs(os.cpu_count() or 1, free_memory_gib(), cuda)))
+            if self.inplace or self.editable_mode:  # keep the objects, so that the next build compiles what changed
+                self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}")
+            super().build_extensions()
+            self._write_build_info(cuda)
+
+        def _write_build_info(self, cuda: bool) -> None:
+            info = json.dumps(describe(self.extensions[0], cuda), indent=2) + "\n"
+            folders = [Path(self.build_lib) / "difffit_fast"]
+            if self.inplace or self.editable_mode:
+                folders = [ROOT / "difffit_fast"]
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "build_info.json.new").write_text(info)
+                os.replace(folder / "build_info.json.new", folder / "build_info.json")
+
+    return build_ext_or_go_on
+
+
+def describe(extension: Any, cuda: bool) -> dict[str, Any]:
+    """What build_info.json says: the versions and flags of this build."""
+    import torch
+
+    compiler = shlex.split(os.environ.get("CXX", "") or "c++")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    flags = extension.extra_compile_args
+    return {
+        "torch": torch.__version__,
+        "torch_target": "2.10",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "compiler": version.splitlines()[0] if version else " ".join(compiler),
+        "cxx_flags": " ".join(flags["cxx"]),
+        "cuda": torch.version.cuda if cuda else None,
+        "nvcc_flags": " ".join(flags["nvcc"]) if cuda else None,
+        "cuda_arch_list": os.environ.get("TORCH_CUDA_ARCH_LIST") if cuda else None,
+        "sources": extension.sources,
+    }
+
+
+def _give_up(reason: str) -> None:
+    """Say why there will be no extension and go on, or stop when it is required."""
+    message = f"difffit_fast: the C++ extension is not built: {reason}"
+    if required():
+        raise BuildProblem(f"{message} (DIFFFIT_FAST_REQUIRE_EXT=1)")
+    line = "=" * 100
+    print(f"{line}\n{message}\nThe package installs without it and runs on Triton or plain PyTorch.\n{line}", file=sys.stderr)

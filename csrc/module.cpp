@@ -1,0 +1,49 @@
+// The Python module difffit_fast._C. Importing it registers the operations (STABLE_TORCH_LIBRARY in the other files);
+// the module itself only tells how it was built and which instruction set its kernels use on this machine.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+namespace {
+
+// The clone that target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default") picks on this processor.
+std::string cpu_capability() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return "AVX512";
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
+#endif
+  return "baseline";
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("clang ") + __VERSION__;
+#elif defined(__GNUC__)
+  return std::string("g++ ") + __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of difffit_fast: torch.ops.difffit_fast_cpp.*";
+  m.def("cpu_capability", &cpu_capability, "Instruction set of the kernels on this processor.");
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = compiler();
+    info["torch"] = TORCH_VERSION;
+#ifdef DIFFFIT_FAST_WITH_CUDA
+    info["cuda"] = true;
+#else
+    info["cuda"] = false;
+#endif
+    return info;
+  });
+}
