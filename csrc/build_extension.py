@@ -1,15 +1,15 @@
 """How the extension ``difffit_fast._C`` is built: which sources, which flags, and what happens when it cannot be.
 
-``csrc/*.cpp`` is always compiled, ``csrc/cuda/*`` when PyTorch has CUDA and nvcc is there. Everything is written against
-the libtorch stable ABI of PyTorch 2.10, so one build serves later versions. Without a compiler or without PyTorch the
-package still installs, and says at run time what is missing.
+``csrc/*.cpp`` is always compiled, ``csrc/cuda/*`` when PyTorch has CUDA and nvcc is there. Everything is written
+against the libtorch stable ABI of PyTorch 2.10, so one build serves later versions. Without a compiler or without
+PyTorch the package still installs, and says at run time what is missing.
 
 Environment variables:
 
 DIFFFIT_FAST_REQUIRE_EXT=1    fail instead of installing without the extension
 DIFFFIT_FAST_CUDA=0 or 1      leave the CUDA sources out, or fail when they cannot be compiled (unset: when possible)
 DIFFFIT_FAST_CXXFLAGS         more flags for the C++ compiler and the linker (for example -fsanitize=address)
-TORCH_CUDA_ARCH_LIST          GPU architectures, as for every PyTorch extension (unset: this machine's GPUs, or DEFAULT_ARCHS)
+TORCH_CUDA_ARCH_LIST          GPU architectures (unset: those of this machine's GPUs; without one, DEFAULT_ARCHS)
 MAX_JOBS                      compilers at once (unset: from cores and free memory)
 """
 
@@ -47,7 +47,7 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
 DEFINES = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET}"]
 
 
-class BuildProblem(RuntimeError):
+class BuildError(RuntimeError):
     """The extension, or its CUDA half, cannot be built here; the message says why."""
 
 
@@ -81,16 +81,16 @@ def check_cuda_versions(nvcc: str, torch_cuda: str) -> str | None:
     Returns a warning when only the minor versions differ, None when they agree.
 
     Raises:
-        BuildProblem: the major versions differ: the library would not load, or would crash.
+        BuildError: the major versions differ: the library would not load, or would crash.
     """
     if nvcc.split(".")[0] != torch_cuda.split(".")[0]:
-        raise BuildProblem(
-            f"nvcc is CUDA {nvcc}, but PyTorch was built for CUDA {torch_cuda}; the major versions must agree. Point CUDA_HOME "
-            f"to a CUDA {torch_cuda.split('.')[0]} toolkit, install a PyTorch for CUDA {nvcc.split('.')[0]}, or set "
-            f"DIFFFIT_FAST_CUDA=0 to build without CUDA C++ (the Triton kernels do not need nvcc)."
+        raise BuildError(
+            f"nvcc is CUDA {nvcc}, but PyTorch was built for CUDA {torch_cuda}; the major versions must agree. "
+            f"Point CUDA_HOME to a CUDA {torch_cuda.split('.')[0]} toolkit, install a PyTorch for CUDA "
+            f"{nvcc.split('.')[0]}, or set DIFFFIT_FAST_CUDA=0 to build without CUDA C++ (Triton does not need nvcc)."
         )
     if nvcc.split(".")[:2] != torch_cuda.split(".")[:2]:
-        return f"nvcc is CUDA {nvcc} and PyTorch was built for CUDA {torch_cuda}; minor versions may differ, building on"
+        return f"nvcc is CUDA {nvcc}, PyTorch was built for CUDA {torch_cuda}; only the minor versions differ: going on"
     return None
 
 
@@ -98,16 +98,16 @@ def wants_cuda(setting: str | None, torch_cuda: str | None, nvcc: str | None) ->
     """Whether the CUDA sources are compiled; ``setting`` is DIFFFIT_FAST_CUDA, ``nvcc`` its path or None.
 
     Raises:
-        BuildProblem: ``setting`` is ``"1"`` and PyTorch's CUDA or nvcc is missing, or it is neither 0, 1 nor unset.
+        BuildError: ``setting`` is ``"1"`` and PyTorch's CUDA or nvcc is missing, or it is neither 0, 1 nor unset.
     """
     if setting not in (None, "", "0", "1"):
-        raise BuildProblem(f"DIFFFIT_FAST_CUDA must be 0 or 1; got {setting!r}")
+        raise BuildError(f"DIFFFIT_FAST_CUDA must be 0 or 1; got {setting!r}")
     if setting == "0":
         return False
     missing = [] if torch_cuda else ["a PyTorch with CUDA (this one is built for the CPU)"]
     missing += [] if nvcc else ["nvcc (set CUDA_HOME or PATH)"]
     if setting == "1" and missing:
-        raise BuildProblem(f"DIFFFIT_FAST_CUDA=1, but this is missing: {' and '.join(missing)}")
+        raise BuildError(f"DIFFFIT_FAST_CUDA=1, but this is missing: {' and '.join(missing)}")
     return not missing
 
 
@@ -116,7 +116,7 @@ def nvcc_version(nvcc: str) -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", text)
     if not found:
-        raise BuildProblem(f"{nvcc} --version does not tell its version:\n{text}")
+        raise BuildError(f"{nvcc} --version does not tell its version:\n{text}")
     return found[1]
 
 
@@ -133,8 +133,8 @@ def extensions() -> list[Any]:
         from torch.utils import cpp_extension
     except ImportError as error:
         _give_up(
-            f"PyTorch cannot be imported while building ({error}). Install it first, then build in the same environment: "
-            "pip install --no-build-isolation ."
+            f"PyTorch cannot be imported while building ({error}). Install it first, then build in the same "
+            "environment: pip install --no-build-isolation ."
         )
         return []
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
@@ -170,7 +170,7 @@ def extensions() -> list[Any]:
 
 
 def build_ext_command() -> type:
-    """PyTorch's ninja build, which writes build_info.json beside the library and does not fail for want of a compiler."""
+    """PyTorch's ninja build; writes build_info.json beside the library and does not fail for want of a compiler."""
     try:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:
@@ -183,14 +183,15 @@ def build_ext_command() -> type:
             try:
                 super().run()
             except Exception as error:  # every way a compiler can fail
-                _give_up(f"the compiler failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                _give_up(str(error).partition("\n")[0] or type(error).__name__)
                 self.extensions = []
 
         def build_extensions(self) -> None:
-            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+            ninja = str(Path(sys.executable).parent)  # of an environment that is not activated
+            os.environ["PATH"] = os.pathsep.join([ninja, os.environ.get("PATH", "")])
             compiler = shlex.split(os.environ.get("CXX", "") or "c++")[0]
             if not shutil.which(compiler):
-                raise BuildProblem(f"no C++ compiler ({compiler} not found)")
+                raise BuildError(f"no C++ compiler ({compiler} not found)")
             cuda = "cudart" in self.extensions[0].libraries
             os.environ.setdefault("MAX_JOBS", str(max_jobs(os.cpu_count() or 1, free_memory_gib(), cuda)))
             if self.inplace or self.editable_mode:  # keep the objects, so that the next build compiles what changed
@@ -236,6 +237,6 @@ def _give_up(reason: str) -> None:
     """Say why there will be no extension and go on, or stop when it is required."""
     message = f"difffit_fast: the C++ extension is not built: {reason}"
     if required():
-        raise BuildProblem(f"{message} (DIFFFIT_FAST_REQUIRE_EXT=1)")
+        raise BuildError(f"{message} (DIFFFIT_FAST_REQUIRE_EXT=1)")
     line = "=" * 100
-    print(f"{line}\n{message}\nThe package installs without it and runs on Triton or plain PyTorch.\n{line}", file=sys.stderr)
+    print(f"{line}\n{message}\nThe package runs without it, on Triton or plain PyTorch.\n{line}", file=sys.stderr)
