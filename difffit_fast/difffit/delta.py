@@ -1,0 +1,159 @@
+"""The delta: the trainable parameters in a .safetensors file, with what they belong to in its metadata.
+
+Metadata (all strings, as the format asks): ``format`` "difffit_fast-delta", ``version``, ``base_hash`` (of the frozen
+weights), ``config`` (the DiT's arguments), ``difffit`` (what trains), ``pos_embed_scale``, ``class_names`` and whatever
+else the caller adds, the last six as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DeltaMismatchError, DiffFitError
+from .config import DiffFitConfig
+
+if TYPE_CHECKING:
+    from ..models.fast_dit import FastDiffFitDiT
+
+FORMAT = "difffit_fast-delta"
+VERSION = 1
+
+
+def base_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of the frozen weight matrices, the same whether the base is held in float32 or bfloat16.
+
+    Only matrices count (no bias, no class table, no positional table), so that one base has one hash under every preset.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if name.endswith(".weight") and p.dim() >= 2 and not name.startswith("y_embedder."):
+            digest.update(name.encode())
+            digest.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_delta(
+    model: FastDiffFitDiT,
+    path: str | os.PathLike[str],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    class_names: Sequence[str] | None = None,
+    **metadata: Any,
+) -> None:
+    """Write the trainables of ``model`` beside ``path`` and rename, so that a broken write leaves nothing.
+
+    Args:
+        tensors: values to write in place of the model's own, by parameter name (an EMA, say).
+        class_names: names of the classes, in label order.
+        metadata: anything JSON can hold (step, image_size, base name, ...).
+
+    Raises:
+        DiffFitError: ``tensors`` does not name exactly the trainable parameters, or the folder is missing.
+    """
+    own = {name: p.detach() for name, p in model.named_trainable_parameters()}
+    if tensors is not None:
+        if set(tensors) != set(own):
+            odd = sorted(set(tensors) ^ set(own))[0]
+            raise DiffFitError(f"tensors must name exactly the trainable parameters; {odd} is in only one of the two")
+        own = {name: tensors[name].detach() for name in own}
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise DiffFitError(f"class_names must name {model.num_classes} classes; got {len(class_names)}")
+    header = {
+        "config": model.config,
+        "difffit": json.loads(model.difffit.to_json()),
+        "pos_embed_scale": model.pos_embed_scale,
+        "class_names": None if class_names is None else list(class_names),
+        **metadata,
+    }
+    strings = {"format": FORMAT, "version": str(VERSION), "base_hash": _cached_hash(model)}
+    strings |= {key: json.dumps(value) for key, value in header.items() if value is not None}
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise DiffFitError(f"the folder for the delta does not exist: {path.parent}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({n: t.to("cpu", torch.float32).contiguous() for n, t in own.items()}, beside, metadata=strings)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and decoded metadata of a delta file, without a model."""
+    path = Path(path)
+    if not path.is_file():
+        raise DiffFitError(f"delta not found: {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            strings = file.metadata() or {}
+            if strings.get("format") != FORMAT:
+                raise DiffFitError(f"{path} is not a delta of difffit_fast: its metadata has no format={FORMAT!r}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise DiffFitError(f"cannot read delta {path}: {error}") from error
+    if int(strings["version"]) > VERSION:
+        raise DiffFitError(f"{path} has delta version {strings['version']}; this package reads up to {VERSION}")
+    plain = ("format", "version", "base_hash")
+    return tensors, {k: v if k in plain else json.loads(v) for k, v in strings.items()}
+
+
+@torch.no_grad()
+def load_delta(model: FastDiffFitDiT, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a delta into ``model`` and return its metadata. Nothing is changed when it does not belong.
+
+    Raises:
+        DeltaMismatchError: the delta was made for another size, class count, set of trainables, image size or base; the
+            message names both sides.
+    """
+    tensors, metadata = read_delta(path)
+    config, mine = metadata["config"], model.config
+    for key, label in (
+        ("hidden_size", "width"), ("depth", "depth"), ("num_heads", "number of heads"), ("patch_size", "patch size"),
+        ("in_channels", "input channels"), ("mlp_ratio", "MLP ratio"), ("learn_sigma", "learn_sigma"),
+        ("num_classes", "number of classes"), ("input_size", "input size"),
+    ):  # fmt: skip
+        if config[key] != mine[key]:
+            raise DeltaMismatchError(f"{path} was made for {label} {config[key]}; the model has {label} {mine[key]}")
+    theirs = DiffFitConfig.resolve(metadata["difffit"])
+    if theirs != model.difffit:
+        raise DeltaMismatchError(
+            f"{path} was made with difffit={theirs.name} {theirs.to_json()}; the model has {model.difffit.name} "
+            f"{model.difffit.to_json()}"
+        )
+    if metadata["pos_embed_scale"] != model.pos_embed_scale:
+        raise DeltaMismatchError(
+            f"{path} was made with positions scaled by {metadata['pos_embed_scale']}; the model has {model.pos_embed_scale}"
+        )
+    if metadata["base_hash"] != _cached_hash(model):
+        raise DeltaMismatchError(
+            f"{path} was made on the base {metadata['base_hash'][:12]}…; the model's base is {_cached_hash(model)[:12]}…"
+        )
+    own = dict(model.named_parameters())
+    missing = [name for name, _ in model.named_trainable_parameters() if name not in tensors]
+    unknown = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
+    if missing or unknown:
+        raise DeltaMismatchError(f"{path} does not fit: missing {missing[:3]}, unknown or misshapen {unknown[:3]}")
+    for name, value in tensors.items():
+        own[name].copy_(value)
+    return metadata
+
+
+def _cached_hash(model: FastDiffFitDiT) -> str:
+    """:func:`base_hash`, computed again only after a frozen weight was replaced or written to."""
+    key = tuple((p.data_ptr(), p._version) for p in model.parameters() if not p.requires_grad)
+    cached = model.__dict__.get("_base_hash")
+    if cached is None or cached[0] != key:
+        model.__dict__["_base_hash"] = cached = (key, base_hash(model))
+    return cached[1]

@@ -1,0 +1,400 @@
+"""FastDiffFitDiT: DiT with frozen weights, whose forward and backward do what DiffFit needs and nothing else.
+
+One pass of the network, x the residual stream, h what a branch reads:
+
+    h = adaln(x)
+    each block:  x, h = residual_adaln(x, proj(attention(qkv(h))))
+                 x, h = residual_adaln(x, mlp(h))
+    out = linear(h)
+
+The join after a branch already belongs to the next one, so the residual stream is read and written once per branch.
+All that is small, one vector per sample, is prepared for every layer at once in :meth:`FastDiffFitDiT._vectors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..difffit.config import DiffFitConfig
+from ..errors import DiffFitError
+from ..ops import adaln, attention, frozen_linear, frozen_mlp, frozen_qkv, residual_adaln
+from ..ops._register import frozen_weight_error
+from ..ops.attention import BACKENDS
+from .dit import DiT, LN_EPS, check_dit_inputs, sincos_pos_embed, timestep_embedding
+
+
+class Vectors(NamedTuple):
+    """What modulates the layers: tuples of (B, D) float32, two per block (attention, MLP); a and c have one more."""
+
+    a: tuple[Tensor, ...]  # scale of the LayerNorm before each branch, and of the final one
+    c: tuple[Tensor, ...]  # its shift
+    s: tuple[Tensor, ...]  # scale of the branch: gate·γ
+    r: tuple[Tensor, ...]  # its scaled bias: s·bias
+
+
+class FastDiffFitDiT(DiT):
+    """A drop-in :class:`DiT` for DiffFit fine-tuning.
+
+    Args (besides DiT's):
+        difffit: preset ("paper", "minimax", "block", "bitfit") or a :class:`DiffFitConfig`.
+        compute_dtype: dtype of the frozen weights and of the branches, e.g. ``torch.bfloat16``. Trainable parameters and
+            the residual stream stay float32. None: the parameters' dtype, or autocast's where it is on.
+        attention: "auto" or a backend of :mod:`difffit_fast.ops.attention`.
+
+    Keys and shapes are those of the public DiT; extra keys are γ (``blocks.i.gamma1``, ``blocks.i.gamma2``,
+    ``blocks.i.attn.gamma1``, ``blocks.i.attn.gamma2``) and LayerNorm's ``weight`` and ``bias``. A state dict without them
+    loads strictly and leaves them at their identity values.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        difffit: str | DiffFitConfig = "paper",
+        compute_dtype: torch.dtype | None = None,
+        attention: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if attention not in BACKENDS:
+            raise DiffFitError(f"attention must be one of {', '.join(BACKENDS)}; got {attention!r}")
+        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise DiffFitError(f"compute_dtype must be a floating dtype of at least 16 bits; got {compute_dtype}")
+        self.difffit = DiffFitConfig.resolve(difffit)
+        self.compute_dtype = compute_dtype
+        self.attention = attention
+        self.gradient_checkpointing = False
+        self.pos_embed_scale = 1.0
+        self._add_difffit_parameters()
+        for name, p in self.named_parameters():
+            p.requires_grad_(self.difffit.trains(name))
+        if compute_dtype is not None:
+            for module in self.modules():
+                for key, p in module._parameters.items():
+                    if p is not None and not p.requires_grad and key == "weight":
+                        p.data = p.data.to(compute_dtype)
+        self._pack()
+
+    # -- what trains ---------------------------------------------------------------------------------------------------
+    def _add_difffit_parameters(self) -> None:
+        d, config = self.hidden_size, self.difffit
+        for i, block in enumerate(self.blocks):
+            sites = config.gamma if config.block_has_gamma(i, self.depth) else ()
+            for site, owner, key, size in (
+                ("qkv", block.attn, "gamma1", 3 * d),
+                ("proj", block.attn, "gamma2", d),
+                ("attn", block, "gamma1", d),
+                ("mlp", block, "gamma2", d),
+            ):
+                owner.register_parameter(key, nn.Parameter(torch.ones(size)) if site in sites else None)
+        if config.affine_norm:
+            for block in self.blocks:
+                block.norm1, block.norm2 = nn.LayerNorm(d, eps=LN_EPS), nn.LayerNorm(d, eps=LN_EPS)
+            self.final_layer.norm_final = nn.LayerNorm(d, eps=LN_EPS)
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer, EMA and the delta hold."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Exactly what optimizer and EMA should hold."""
+        return (p for _, p in self.named_trainable_parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters, e.g. 832,928 for DiT-XL/2 with 101 classes and the preset "paper"."""
+        return sum(p.numel() for p in self.trainable_parameters())
+
+    def _check_frozen(self) -> None:
+        for name, module, key in self._frozen:
+            if module._parameters[key].requires_grad:
+                raise frozen_weight_error(name)
+
+    # -- the packed weights --------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _pack(self) -> None:
+        """Lay all modulation weights, and all proj weights, side by side in one tensor each.
+
+        The parameters become views of it, so that nothing is stored twice and loading a state dict writes through.
+        """
+        linears = [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1]]
+        self.__dict__["_modulation_weight"] = _share_storage([m.weight for m in linears])
+        projections = [b.attn.proj.weight for b in self.blocks]
+        self.__dict__["_proj_weight"] = _share_storage(projections).view(len(projections), self.hidden_size, -1)
+        self.__dict__["_frozen"] = [
+            (f"{path}.{key}" if path else key, module, key)
+            for path, module in self.named_modules()
+            for key, p in module._parameters.items()
+            if p is not None and not self.difffit.trains(f"{path}.{key}" if path else key)
+        ]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FastDiffFitDiT:
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a DiT's or a FastDiffFitDiT's state dict; γ and LayerNorm that are not in it keep their values."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [k for k in result.missing_keys if ".gamma" not in k and ".norm" not in k]
+        if strict and (missing or result.unexpected_keys):
+            lines = [f"missing keys: {', '.join(missing)}"] if missing else []
+            lines += [f"unexpected keys: {', '.join(result.unexpected_keys)}"] if result.unexpected_keys else []
+            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}: {'; '.join(lines)}")
+        if assign:
+            for name, p in self.named_parameters():
+                p.requires_grad_(self.difffit.trains(name))
+        self._pack()
+        return result
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x (N, C, H, W), t (N,) int or float, y (N,) long -> (N, C or 2C, H, W) in the dtype of ``x``."""
+        check_dit_inputs(x, t, y, self.in_channels, self.input_size)
+        self._check_frozen()
+        device = x.device.type
+        dtype = self.compute_dtype or self.final_layer.linear.weight.dtype
+        off: Any = contextlib.nullcontext()
+        if torch.is_autocast_enabled(device):
+            dtype = self.compute_dtype or torch.get_autocast_dtype(device)
+            off = torch.autocast(device, enabled=False)
+        with off:
+            return self._forward(x, t, y, dtype)
+
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        in_dtype, stream = x.dtype, torch.float64 if dtype == torch.float64 else torch.float32
+        v = self._vectors(self._condition(t, y, dtype), dtype)
+        patch = self.x_embedder.proj
+        x = frozen_linear(self._patchify(x).to(dtype), patch.weight.to(dtype).flatten(1), patch.bias)
+        x = x.to(stream) + self.pos_embed.to(stream)
+        h = adaln(x, v.a[0], v.c[0], LN_EPS, dtype)
+        for i, block in enumerate(self.blocks):
+            vectors = [w[2 * i + k] for w, k in ((v.s, 0), (v.r, 0), (v.a, 1), (v.c, 1), (v.s, 1), (v.r, 1), (v.a, 2), (v.c, 2))]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, h = checkpoint(self._block, block, x, h, *vectors, use_reentrant=False)
+            else:
+                x, h = self._block(block, x, h, *vectors)
+        last = self.final_layer.linear
+        return self.unpatchify(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
+
+    def _block(
+        self, block: nn.Module, x: Tensor, h: Tensor,
+        s1: Tensor, r1: Tensor, a2: Tensor, c2: Tensor, s2: Tensor, r2: Tensor, a3: Tensor, c3: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Two branches and two joins; h is already normalised and modulated for the first one."""
+        dtype = h.dtype
+        attn, mlp = block.attn, block.mlp
+        qkv = frozen_qkv(h, attn.qkv.weight.to(dtype), attn.qkv.bias[: self.hidden_size], attn.gamma1)
+        f = frozen_linear(attention(qkv, self.num_heads, self.attention), attn.proj.weight.to(dtype))
+        x, h = residual_adaln(x, f, s1, r1, a2, c2, LN_EPS)
+        f = frozen_mlp(h, mlp.fc1.weight.to(dtype), mlp.fc1.bias, mlp.fc2.weight.to(dtype))
+        return residual_adaln(x, f, s2, r2, a3, c3, LN_EPS)
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, T, C·p·p), in the order of the flattened weight of a strided convolution."""
+        n, c, p, side = x.shape[0], self.in_channels, self.patch_size, self.input_size // self.patch_size
+        return x.reshape(n, c, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(n, side * side, c * p * p)
+
+    def _condition(self, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Timestep and class: (N, D), float32."""
+        first, last = self.t_embedder.mlp[0], self.t_embedder.mlp[2]
+        t_freq = timestep_embedding(t, self.t_embedder.frequency_embedding_size).to(dtype)
+        hidden = F.silu(frozen_linear(t_freq, first.weight.to(dtype), first.bias))
+        time = frozen_linear(hidden, last.weight.to(dtype), last.bias)
+        return time + self.y_embedder(y, self.training)
+
+    def _vectors(self, condition: Tensor, dtype: torch.dtype) -> Vectors:
+        """The modulation of every layer: one product for all of them, then a few passes over (layers, N, D)."""
+        n, d, blocks = condition.shape[0], self.hidden_size, self.blocks
+        depth = len(blocks)
+        linears = [b.adaLN_modulation[1] for b in blocks] + [self.final_layer.adaLN_modulation[1]]
+        m = frozen_linear(F.silu(condition).to(dtype), self._modulation_weight.to(dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        m = m.to(wide) + torch.cat([linear.bias for linear in linears])
+        m = m.view(n, 6 * depth + 2, d).transpose(0, 1)
+        per_branch = m[: 6 * depth].reshape(2 * depth, 3, n, d)  # shift, scale, gate of each branch
+        shift = torch.cat([per_branch[:, 0], m[6 * depth : 6 * depth + 1]])
+        scale = torch.cat([per_branch[:, 1], m[6 * depth + 1 :]])
+        a, c = 1 + scale, shift
+        if self.difffit.affine_norm:
+            norms = [norm for b in blocks for norm in (b.norm1, b.norm2)] + [self.final_layer.norm_final]
+            a, c = (
+                torch.stack([norm.weight for norm in norms])[:, None] * a,
+                torch.stack([norm.bias for norm in norms])[:, None] * a + c,
+            )
+        s = per_branch[:, 2]
+        if self.difffit.gamma:
+            s = self._branch_gamma().to(s)[:, None] * s
+        r = s * self._branch_bias(dtype).to(s)[:, None]
+        return Vectors(*(w.contiguous().unbind(0) for w in (a, c, s, r)))
+
+    def _branch_gamma(self) -> Tensor:
+        """γ of every branch, (2·depth, D): the branch's own times that of proj; 1 where there is none."""
+        one = self.pos_embed.new_ones(self.hidden_size, dtype=torch.float32)
+        rows = []
+        for block in self.blocks:
+            attn = [g for g in (block.gamma1, block.attn.gamma2) if g is not None]
+            rows.append(attn[0] * attn[1] if len(attn) == 2 else attn[0] if attn else one)
+            rows.append(one if block.gamma2 is None else block.gamma2)
+        return torch.stack(rows)
+
+    def _branch_bias(self, dtype: torch.dtype) -> Tensor:
+        """Bias of every branch, (2·depth, D): proj's with the value bias moved behind the attention, and fc2's."""
+        if not self.depth:
+            return self.pos_embed.new_zeros(0, self.hidden_size, dtype=torch.float32)
+        d = self.hidden_size
+        value = torch.stack([block.attn.qkv.bias[2 * d :] for block in self.blocks])
+        if any(block.attn.gamma1 is not None for block in self.blocks):
+            one = value.new_ones(d)
+            gammas = [one if b.attn.gamma1 is None else b.attn.gamma1[2 * d :] for b in self.blocks]
+            value = value * torch.stack(gammas)
+        moved = torch.bmm(self._proj_weight.to(dtype), value.to(dtype)[:, :, None])[:, :, 0]
+        proj = torch.stack([block.attn.proj.bias for block in self.blocks]) + moved
+        fc2 = torch.stack([block.mlp.fc2.bias for block in self.blocks])
+        return torch.stack([proj, fc2], 1).flatten(0, 1)
+
+    # -- construction --------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_dit(cls, dit_or_state_dict: DiT | Mapping[str, Tensor], **kwargs: Any) -> FastDiffFitDiT:
+        """Take over a DiT or its state dict; sizes are inferred from the tensors (``num_heads`` where they cannot be)."""
+        from ..difffit.checkpoint import clean_state_dict, infer_config
+
+        if isinstance(dit_or_state_dict, nn.Module):
+            state, config = dit_or_state_dict.state_dict(), dict(dit_or_state_dict.config)
+        else:
+            state = clean_state_dict(dit_or_state_dict, "the state dict")
+            heads, null_class = kwargs.get("num_heads"), kwargs.get("class_dropout_prob", 0.1) > 0
+            config = infer_config(state, num_heads=heads, null_class=null_class)
+        model = cls(**{**config, **kwargs})
+        model.load_state_dict(state)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        difffit: str | DiffFitConfig = "paper",
+        compute_dtype: torch.dtype | None = None,
+        pos_embed: str = "scaled",
+        **kwargs: Any,
+    ) -> FastDiffFitDiT:
+        """Read a DiT checkpoint for fine-tuning.
+
+        Args:
+            path: bare state dict, ``{"ema"}``, ``{"model"}`` or ``.safetensors``.
+            num_classes: classes of the new domain. If it differs from the checkpoint's, the class table is made anew (the
+                null class keeps its row) and a warning says so.
+            image_size: in pixels (8 per latent cell). If it differs, the positional table is made anew.
+            pos_embed: coordinates of a new positional table: "scaled" spans the range that the base was trained on
+                (DiffFit's way from 256 to 512), "native" counts patches, as in the public 512 model.
+            kwargs: further constructor arguments (``num_heads`` for unpublished widths, ``class_dropout_prob``, ``attention``).
+
+        Raises:
+            DiffFitError: unreadable file, not a DiT, or impossible sizes.
+        """
+        from ..difffit.checkpoint import infer_config, load_dit_state_dict, pixels_per_cell
+
+        state = dict(load_dit_state_dict(path))
+        heads, null_class = kwargs.get("num_heads"), kwargs.get("class_dropout_prob", 0.1) > 0
+        config = infer_config(state, num_heads=heads, null_class=null_class)
+        scale = resize_pos_embed(state, config, image_size, pixels_per_cell(config["in_channels"]), pos_embed)
+        if num_classes is not None and num_classes != config["num_classes"]:
+            renew_class_table(state, config["num_classes"], num_classes, null_class)
+            config["num_classes"] = num_classes
+        model = cls(**{**config, **kwargs}, difffit=difffit, compute_dtype=compute_dtype)
+        model.load_state_dict(state)
+        model.pos_embed_scale = scale
+        return model
+
+    # -- the delta -----------------------------------------------------------------------------------------------------
+    def save_delta(self, path: str | os.PathLike[str], **metadata: Any) -> None:
+        """Write the trainable parameters and what they belong to; see :func:`difffit_fast.difffit.delta.save_delta`."""
+        from ..difffit.delta import save_delta
+
+        save_delta(self, path, **metadata)
+
+    def load_delta(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Load what :meth:`save_delta` wrote; see :func:`difffit_fast.difffit.delta.load_delta`."""
+        from ..difffit.delta import load_delta
+
+        return load_delta(self, path)
+
+    def merge(self) -> DiT:
+        """An ordinary DiT that computes the same; see :func:`difffit_fast.difffit.merge.merge`."""
+        from ..difffit.merge import merge
+
+        return merge(self)
+
+
+def _share_storage(parameters: list[nn.Parameter]) -> Tensor:
+    """One tensor that holds the parameters, stacked along the rows; they become views of it."""
+    if not parameters:
+        return torch.empty(0, 0)
+    total = sum(p.shape[0] for p in parameters)
+    first = parameters[0].data
+    step = first.stride(0) * first.element_size()
+    starts = [sum(p.shape[0] for p in parameters[:i]) for i in range(len(parameters))]
+    if first.device.type != "meta" and all(
+        p.data.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and p.data_ptr() == first.data_ptr() + start * step
+        and p.is_contiguous()
+        for p, start in zip(parameters, starts, strict=True)
+    ):
+        return first.as_strided((total, *first.shape[1:]), first.stride(), first.storage_offset())
+    packed = torch.cat([p.data for p in parameters])
+    for p, start in zip(parameters, starts, strict=True):
+        p.data = packed[start : start + p.shape[0]]
+    return packed
+
+
+def resize_pos_embed(
+    state: dict[str, Tensor], config: dict[str, Any], image_size: int | None, cell: int, coordinates: str
+) -> float:
+    """Replace ``pos_embed`` for another image size, update ``config`` and return the scale of the coordinates."""
+    if coordinates not in ("scaled", "native"):
+        raise DiffFitError(f'pos_embed must be "scaled" or "native"; got {coordinates!r}')
+    if image_size is None:
+        return 1.0
+    if not isinstance(image_size, int):
+        raise DiffFitError(f"image_size must be one number, images are square; got {image_size!r}")
+    old, p = config["input_size"], config["patch_size"]
+    new, rest = divmod(image_size, cell)
+    if image_size <= 0 or rest or new % p:
+        raise DiffFitError(f"image_size must be a positive multiple of {cell * p} for this model; got {image_size}")
+    if new == old:
+        return 1.0
+    scale = old / new if coordinates == "scaled" else 1.0
+    table = sincos_pos_embed(config["hidden_size"], new // p, scale)
+    state["pos_embed"] = table.unsqueeze(0)
+    config["input_size"] = new
+    return scale
+
+
+def renew_class_table(state: dict[str, Tensor], old: int, new: int, null_class: bool) -> None:
+    """A new class table for ``new`` classes, N(0, 0.02) as in DiT's initialisation; the null class keeps its row."""
+    if new < 1:
+        raise DiffFitError(f"num_classes must be at least 1; got {new}")
+    key = "y_embedder.embedding_table.weight"
+    table = state[key]
+    rows = torch.empty(new, table.shape[1], dtype=torch.float32).normal_(std=0.02)
+    state[key] = torch.cat([rows, table[old:].float()]) if null_class else rows
+    warnings.warn(
+        f"the checkpoint has {old} classes and num_classes={new} was asked for: the class embedding is made anew"
+        + (", keeping the null class" if null_class else ""),
+        stacklevel=3,
+    )
