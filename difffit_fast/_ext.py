@@ -67,7 +67,8 @@ def _library() -> tuple[Any | None, str | None]:
             module = importlib.import_module("difffit_fast._C")
             missing = [name for name in OPERATIONS if not hasattr(torch.ops.difffit_fast_cpp, name)]
             if missing:
-                raise ImportError(f"it was built from other sources: {', '.join(missing)} missing")
+                names = ", ".join(missing[:3]) + (" and others" if len(missing) > 3 else "")
+                raise ImportError(f"it was built from other sources: {names} missing")
             return module, None
         except ImportError as error:  # no such file, an unknown symbol, a missing shared library, another Python
             return None, _problem(error, _recorded(), [path.name for path in _PACKAGE.glob("_C.*")])

@@ -1,0 +1,78 @@
+# Every target works from a fresh clone: it creates .venv, installs PyTorch (one that is already importable is kept) and
+# this package, builds, and runs. PYTHON=/path/to/python uses an existing environment instead, TORCH=... another PyTorch.
+#
+#   make demo            adapt a small DiT to new images, three ways; a table, a sample grid and a loss plot
+#   make test            the test suite
+#   make lint            ruff
+#   make bench           benchmarks/speed.py: step time and memory of every mode    (ARGS="--dtype fp32 ...")
+#   make kernels         registers, spills and shared memory of the Triton kernels, compiled without a GPU
+#   make cuda-compile    compile every CUDA source for sm_80, sm_90a and sm_100, without a GPU
+#   make gpu             the GPU tests and benchmarks, on a machine with one
+#   make sanitize        the C++ kernels' tests under AddressSanitizer and UBSan
+#   make wheel           source distribution and wheel in dist/
+#   make install-matrix  every way to install, with and without a compiler, old and new PyTorch
+#   make clean           remove what was built (not .venv: make distclean)
+
+PYTHON ?=
+ifeq ($(PYTHON),)
+PY  := .venv/bin/python
+ENV := .venv/.created
+else
+PY  := $(PYTHON)
+ENV :=
+endif
+STAMP   := build/stamps/$(shell echo "$(abspath $(PY))" | cksum | cut -d' ' -f1)
+SOURCES := setup.py pyproject.toml scripts/bootstrap.sh $(wildcard csrc/*.* csrc/cuda/*.*)
+
+.PHONY: demo test lint bench kernels cuda-compile gpu sanitize wheel install-matrix install clean distclean
+.DEFAULT_GOAL := install
+
+.venv/.created:
+	@scripts/bootstrap.sh env .venv
+	@touch $@
+
+$(STAMP): $(SOURCES) $(ENV)
+	@scripts/bootstrap.sh install $(PY)
+	@mkdir -p $(@D) && touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(STAMP)
+	$(PY) benchmarks/speed.py $(ARGS)
+
+kernels: $(STAMP)
+	$(PY) benchmarks/kernel_resources.py $(ARGS)
+
+cuda-compile: $(STAMP)
+	$(PY) scripts/cuda_compile.py $(ARGS)
+
+gpu: $(STAMP)
+	$(PY) -m pytest -m gpu
+	$(PY) benchmarks/gpu.py $(ARGS)
+
+sanitize: $(STAMP)
+	$(PY) scripts/sanitize.py $(ARGS)
+
+wheel: $(STAMP)
+	rm -rf dist
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	DIFFFIT_FAST_REQUIRE_EXT=1 $(PY) -m pip wheel --no-build-isolation --no-deps -w dist dist/*.tar.gz
+
+install-matrix: $(STAMP)
+	$(PY) scripts/install_matrix.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache difffit_fast/_C.*so difffit_fast/build_info.json
+
+distclean: clean
+	rm -rf .venv
