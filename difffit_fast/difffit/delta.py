@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .._files import write_safetensors
 from ..errors import DeltaMismatchError, DiffFitError
 from .config import DiffFitConfig
 
@@ -52,6 +52,8 @@ def save_delta(
 ) -> None:
     """Write the trainables of ``model`` beside ``path`` and rename, so that a broken write leaves nothing.
 
+    The same model gives the same bytes.
+
     Args:
         tensors: values to write in place of the model's own, by parameter name (an EMA, say).
         class_names: names of the classes, in label order.
@@ -80,14 +82,7 @@ def save_delta(
     path = Path(path)
     if not path.parent.is_dir():
         raise DiffFitError(f"the folder for the delta does not exist: {path.parent}")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({n: t.to("cpu", torch.float32).contiguous() for n, t in own.items()}, beside, metadata=strings)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_safetensors(path, {n: t.to("cpu", torch.float32) for n, t in own.items()}, strings)
 
 
 def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
