@@ -1,0 +1,285 @@
+"""Cache VAE moments (or cropped pixels) of an image folder, on one process or several, resumable after any kill.
+
+Images are taken in the order of :class:`ImageFolder`; shard k holds the images ``k * shard_size`` onwards, and process
+r of R writes the shards k with ``k % R == r``. There is no talk between processes: a shard appears whole by renaming,
+and whoever finds all shards present writes the index, which is the same whoever does. So any number of processes,
+killed and started again any number of times, leave the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DiffFitError
+from .image_folder import ImageFolder
+from .pixels import ImageError, read_pixels, to_signed
+from .shards import (
+    CONFIG_FILE,
+    FORMAT,
+    INDEX_FILE,
+    VERSION,
+    open_shard,
+    read_json,
+    sha256_file,
+    shard_name,
+    shard_note,
+    write_json,
+    write_shard,
+)
+from .vae import DTYPES, LatentSpace, PixelSpace, load_vae
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What to extract, and how.
+
+    The first six fields decide what is stored. A folder begun with other values is refused, since its shards would not
+    fit; the rest may change between runs.
+    """
+
+    data_path: str
+    features_path: str
+    image_size: int = 256
+    vae: str = "ema"
+    shard_size: int = 1024
+    precision: str = "fp32"  # of the encoder; fp32 stores moments as float32, bf16 and fp16 as float16
+    batch_size: int = 16
+    num_workers: int = 4  # threads that decode images (Pillow releases the interpreter lock)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_size", "image_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise DiffFitError(f"--{name.replace('_', '-')} must be a positive integer, got {value!r}")
+        if self.num_workers < 0:
+            raise DiffFitError(f"--num-workers must be zero or more, got {self.num_workers}")
+        if self.precision not in DTYPES:
+            raise DiffFitError(f"--precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+
+
+class Extraction:
+    """One process's view of an extraction: opens the source and the VAE, checks the target folder.
+
+    Raises:
+        DiffFitError: the source is no image folder, the image size does not fit the VAE, or the target folder holds
+            another configuration's leftovers or foreign files.
+    """
+
+    def __init__(self, config: ExtractConfig) -> None:
+        self.config = config
+        self.folder = ImageFolder(config.data_path, config.image_size, flip=False)
+        self.out = Path(config.features_path)
+        self.vae: LatentSpace | PixelSpace = load_vae(config.vae, config.device, config.precision)
+        if config.image_size % self.vae.factor:
+            raise DiffFitError(
+                f"the image size must be a multiple of {self.vae.factor} for this VAE, got {config.image_size}"
+            )
+        self.num_shards = -(-len(self.folder) // config.shard_size)
+        self.settings = self._settings()
+        self._claim()
+
+    def _settings(self) -> dict[str, Any]:
+        listing = hashlib.sha256()
+        for name in self.folder.files:
+            listing.update(f"{name}\0{(self.folder.root / name).stat().st_size}\n".encode())
+        pixels = isinstance(self.vae, PixelSpace)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": "pixels" if pixels else "moments",
+            "image_size": self.config.image_size,
+            "vae": self.config.vae,
+            "vae_sha256": self.vae.fingerprint(),
+            "precision": "uint8" if pixels else self.config.precision,
+            "shard_size": self.config.shard_size,
+            "num_images": len(self.folder),
+            "listing_sha256": listing.hexdigest(),
+            "class_names": self.folder.class_names,
+        }
+
+    def _claim(self) -> None:
+        """Make the target folder ours, or refuse it."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiffFitError(f"the folder {self.out} cannot be made: {error.strerror or error}") from error
+        path = self.out / CONFIG_FILE
+        if path.is_file():
+            found = read_json(path)
+            # The name of the VAE is only a name: its weights are what counts.
+            different = [key for key in self.settings if key != "vae" and found.get(key) != self.settings[key]]
+            if different:
+                raise DiffFitError(
+                    f"{self.out} holds features of another configuration ({self._difference(found, different[0])}); "
+                    "choose another --features-path or remove it"
+                )
+            self.settings = found
+            return
+        foreign = sorted(entry.name for entry in os.scandir(self.out) if ".tmp-" not in entry.name)
+        if foreign:
+            raise DiffFitError(
+                f"{self.out} is not empty (it holds {foreign[0]!r}) and was not begun by difffit extract; "
+                "choose an empty --features-path"
+            )
+        write_json(path, self.settings)
+
+    def _difference(self, found: dict[str, Any], key: str) -> str:
+        if key in ("listing_sha256", "class_names"):
+            return "the images have changed since"
+        if key == "vae_sha256":
+            return f"the VAE {found.get('vae')!r} had other weights than {self.settings['vae']!r}"
+        return f"its {key} is {found.get(key)}, now {self.settings[key]} is asked for"
+
+    def is_complete(self) -> bool:
+        return (self.out / INDEX_FILE).is_file() and not self.missing()
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there, or not whole."""
+        return [number for number in range(self.num_shards) if not self._is_whole(number)]
+
+    def _path(self, number: int) -> Path:
+        return self.out / shard_name(number, self.num_shards)
+
+    def _is_whole(self, number: int) -> bool:
+        path = self._path(number)
+        if not path.is_file():
+            return False
+        try:
+            shard_note(open_shard(path), path)  # compares the header with the file's length
+        except DiffFitError:
+            return False
+        return True
+
+    def shard_range(self, number: int) -> range:
+        """The source images of shard ``number``."""
+        first = number * self.config.shard_size
+        return range(first, min(first + self.config.shard_size, len(self.folder)))
+
+    def run(self, rank: int = 0, world: int = 1, progress: Callable[[int], None] = lambda images: None) -> None:
+        """Write this process's missing shards; ``progress`` is told of every image done (present ones first)."""
+        mine = range(rank, self.num_shards, world)
+        todo = [number for number in mine if not self._is_whole(number)]
+        progress(
+            sum(len(self.shard_range(number)) for number in mine)
+            - sum(len(self.shard_range(number)) for number in todo)
+        )
+        batches = [
+            (number, start, indices[start : start + self.config.batch_size])
+            for number in todo
+            for indices in [self.shard_range(number)]
+            for start in range(0, len(indices), self.config.batch_size)
+        ]
+        parts: list[dict[str, torch.Tensor]] = []
+        bad: list[tuple[str, str]] = []
+        for (number, start, indices), decoded in zip(batches, self._decode([b[2] for b in batches]), strict=True):
+            kept = [(i, pixels) for i, pixels in zip(indices, decoded, strict=True) if isinstance(pixels, np.ndarray)]
+            bad += [
+                (self.folder.files[i], reason)
+                for i, reason in zip(indices, decoded, strict=True)
+                if isinstance(reason, str)
+            ]
+            if kept:
+                parts.append(self._encode(kept))
+            progress(len(indices))
+            if start + len(indices) == len(self.shard_range(number)):
+                self._write(number, parts, bad)
+                parts, bad = [], []
+
+    def _decode(self, batches: list[range]) -> Iterator[list[np.ndarray | str]]:
+        """Pixels (or the reason why there are none) of each batch, decoded a batch ahead of the encoder."""
+
+        def one(index: int) -> np.ndarray | str:
+            try:
+                return read_pixels(self.folder.root / self.folder.files[index], self.config.image_size)
+            except ImageError as error:
+                return str(error)
+
+        if self.config.num_workers == 0:
+            for batch in batches:
+                yield [one(index) for index in batch]
+            return
+        pool = ThreadPoolExecutor(self.config.num_workers)
+        ahead: deque[list[Future[np.ndarray | str]]] = deque()
+        try:
+            for batch in batches:
+                ahead.append([pool.submit(one, index) for index in batch])
+                if len(ahead) > 2:
+                    yield [future.result() for future in ahead.popleft()]
+            while ahead:
+                yield [future.result() for future in ahead.popleft()]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _encode(self, kept: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
+        indices = torch.tensor([index for index, _ in kept], dtype=torch.int64)
+        pixels = torch.from_numpy(np.stack([p.transpose(2, 0, 1) for _, p in kept]))
+        part = {"indices": indices, "labels": torch.from_numpy(self.folder.labels)[indices]}
+        if isinstance(self.vae, PixelSpace):
+            return part | {"pixels": pixels.contiguous()}
+        images = to_signed(pixels).to(self.config.device)
+        both = torch.stack([self.vae.encode(images), self.vae.encode(images.flip(-1))], dim=1).cpu()
+        if not torch.isfinite(both).all():
+            raise DiffFitError(f"the VAE gave non-finite moments in {self.config.precision}; use --precision fp32")
+        return part | {"moments": both.to(torch.float32 if self.config.precision == "fp32" else torch.float16)}
+
+    def _write(self, number: int, parts: list[dict[str, torch.Tensor]], bad: list[tuple[str, str]]) -> None:
+        kind, c, side = self.settings["kind"], self.vae.channels, self.config.image_size // self.vae.factor
+        if parts:
+            tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        else:  # every image of this shard is damaged
+            shape = (0, 3, side, side) if kind == "pixels" else (0, 2, 2 * c, side, side)
+            empty = torch.zeros(0, dtype=torch.int64)
+            dtype = torch.uint8 if kind == "pixels" else torch.float32
+            tensors = {"indices": empty, "labels": empty.clone(), kind: torch.zeros(shape, dtype=dtype)}
+        write_shard(self._path(number), tensors, {"bad": bad, "shard": number})
+
+    def finish(self) -> dict[str, Any] | None:
+        """Write the index if all shards are present, and return it; ``None`` while others are still at work."""
+        if self.missing():
+            return None
+        labels: list[int] = []
+        files: list[str] = []
+        bad: list[tuple[str, str]] = []
+        shards: list[dict[str, Any]] = []
+        for number in range(self.num_shards):
+            path = self._path(number)
+            handle = open_shard(path)
+            indices = handle.get_tensor("indices").tolist()
+            labels += handle.get_tensor("labels").tolist()
+            files += [self.folder.files[index] for index in indices]
+            bad += shard_note(handle, path)["bad"]
+            shards.append(
+                {"file": path.name, "count": len(indices), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            )
+        empty = sorted(set(range(self.folder.num_classes)) - set(labels))
+        if empty:
+            raise DiffFitError(f"none of the images of class {self.folder.class_names[empty[0]]!r} can be read")
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": {key: value for key, value in self.settings.items() if key != "class_names"},
+            "class_names": self.folder.class_names,
+            "channels": self.vae.channels,
+            "size": self.config.image_size // self.vae.factor,
+            "scale": self.vae.scale,
+            "shift": self.vae.shift,
+            "shards": shards,
+            "bad": bad,
+            "labels": labels,
+            "files": files,
+        }
+        write_json(self.out / INDEX_FILE, index)
+        for leftover in self.out.glob("*.tmp-*"):  # of killed processes; a living one has nothing left to write
+            leftover.unlink(missing_ok=True)
+        return index

@@ -1,0 +1,101 @@
+"""The files of a latent cache, shared by its writer (``extract``) and its reader (``LatentCache``).
+
+::
+
+    features/
+        extract.json                        what was asked for; written first
+        shard-00000-of-00012.safetensors    whole or absent: written beside and renamed
+        ...
+        index.json                          classes, labels, checksums; written last, so its presence means "complete"
+
+A shard holds ``labels`` int64 [n], ``indices`` int64 [n] (position in the source listing) and either ``moments``
+[n, 2, 2C, h, w] (float32 or float16; axis 1: the image and its mirror image) or ``pixels`` uint8 [n, 3, H, W], whose
+mirror image costs nothing to make.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DiffFitError
+
+FORMAT = "difffit_fast.features"
+VERSION = 1
+CONFIG_FILE = "extract.json"
+INDEX_FILE = "index.json"
+_METADATA_KEY = "difffit_fast"  # one key only: safetensors writes several in no fixed order, and bytes must repeat
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"shard-{number:05d}-of-{count:05d}.safetensors"
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that takes ``path``'s place when the block ends well, durably and at once.
+
+    Killed at any moment, the process leaves either the old file or the new one, and at worst a ``*.tmp-*`` file.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with beside(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; a :class:`DiffFitError` names the file when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffFitError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DiffFitError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+    """Write one shard with ``note`` as its metadata; the same tensors and note give the same bytes."""
+    with beside(path) as temporary:
+        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(note, sort_keys=True, ensure_ascii=False)})
+
+
+def open_shard(path: Path) -> Any:
+    """The shard as a ``safe_open`` handle; :class:`DiffFitError` when it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise DiffFitError(f"the shard {path} cannot be read: {error}") from error
+
+
+def shard_note(handle: Any, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(handle.metadata()[_METADATA_KEY])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DiffFitError(f"the shard {path} was not written by difffit extract") from error
