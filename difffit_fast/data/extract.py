@@ -4,6 +4,9 @@ Images are taken in the order of :class:`ImageFolder`; shard k holds the images 
 r of R writes the shards k with ``k % R == r``. There is no talk between processes: a shard appears whole by renaming,
 and whoever finds all shards present writes the index, which is the same whoever does. So any number of processes,
 killed and started again any number of times, leave the same bytes.
+
+On a CPU each image and its mirror image are encoded by one thread, several images at a time: the convolutions of a
+library called with several threads sum in an order that depends on their number, and on the batch.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +103,9 @@ class Extraction:
             "version": VERSION,
             "kind": "pixels" if pixels else "moments",
             "image_size": self.config.image_size,
+            "precision": "uint8" if pixels else self.config.precision,
             "vae": self.config.vae,
             "vae_sha256": self.vae.fingerprint(),
-            "precision": "uint8" if pixels else self.config.precision,
             "shard_size": self.config.shard_size,
             "num_images": len(self.folder),
             "listing_sha256": listing.hexdigest(),
@@ -180,6 +184,12 @@ class Extraction:
             for indices in [self.shard_range(number)]
             for start in range(0, len(indices), self.config.batch_size)
         ]
+        with _encoders(self.config.device) as pool:
+            self._write_batches(batches, pool, progress)
+
+    def _write_batches(
+        self, batches: list[tuple[int, int, range]], pool: Executor | None, progress: Callable[[int], None]
+    ) -> None:
         parts: list[dict[str, torch.Tensor]] = []
         bad: list[tuple[str, str]] = []
         for (number, start, indices), decoded in zip(batches, self._decode([b[2] for b in batches]), strict=True):
@@ -190,7 +200,7 @@ class Extraction:
                 if isinstance(reason, str)
             ]
             if kept:
-                parts.append(self._encode(kept))
+                parts.append(self._encode(kept, pool))
             progress(len(indices))
             if start + len(indices) == len(self.shard_range(number)):
                 self._write(number, parts, bad)
@@ -221,14 +231,17 @@ class Extraction:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _encode(self, kept: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def _encode(self, kept: list[tuple[int, np.ndarray]], pool: Executor | None) -> dict[str, torch.Tensor]:
         indices = torch.tensor([index for index, _ in kept], dtype=torch.int64)
         pixels = torch.from_numpy(np.stack([p.transpose(2, 0, 1) for _, p in kept]))
         part = {"indices": indices, "labels": torch.from_numpy(self.folder.labels)[indices]}
         if isinstance(self.vae, PixelSpace):
             return part | {"pixels": pixels.contiguous()}
         images = to_signed(pixels).to(self.config.device)
-        both = torch.stack([self.vae.encode(images), self.vae.encode(images.flip(-1))], dim=1).cpu()
+        if pool is None:
+            both = torch.stack([self.vae.encode(images), self.vae.encode(images.flip(-1))], dim=1).cpu()
+        else:
+            both = torch.stack(list(pool.map(self.vae.encode, (torch.stack([x, x.flip(-1)]) for x in images))))
         if not torch.isfinite(both).all():
             raise DiffFitError(f"the VAE gave non-finite moments in {self.config.precision}; use --precision fp32")
         return part | {"moments": both.to(torch.float32 if self.config.precision == "fp32" else torch.float16)}
@@ -283,3 +296,18 @@ class Extraction:
         for leftover in self.out.glob("*.tmp-*"):  # of killed processes; a living one has nothing left to write
             leftover.unlink(missing_ok=True)
         return index
+
+
+@contextmanager
+def _encoders(device: str) -> Iterator[Executor | None]:
+    """On a CPU a pool of encoder threads, as many as PyTorch would use, each of which computes alone; else ``None``."""
+    if torch.device(device).type != "cpu":
+        yield None
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
