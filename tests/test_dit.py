@@ -207,10 +207,12 @@ def test_compiles_without_a_graph_break():
     model = random_dit().eval()
     x, t, y = batch(model)
     y[2:] = model.num_classes
-    compiled = torch.compile(
-        lambda *a: (model(*a), model.forward_with_cfg(*a, 4.0)), fullgraph=True, backend="aot_eager"
-    )
-    for ours, eager in zip(compiled(x, t, y), (model(x, t, y), model.forward_with_cfg(x, t, y, 4.0)), strict=True):
+
+    def both(*inputs):
+        return model(*inputs), model.forward_with_cfg(*inputs, 4.0)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(compiled(x, t, y), both(x, t, y), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
     model.train()
     torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, y).sum().backward()
@@ -291,9 +293,8 @@ def test_guidance(cfg_channels, guided):
     model = random_dit().eval()
     x, t, y = batch(model, n=3)
     null = torch.full_like(y, model.num_classes)
-    out = model.forward_with_cfg(
-        torch.cat([x, torch.randn_like(x)]), t.repeat(2), torch.cat([y, null]), 2.5, cfg_channels
-    )
+    doubled = torch.cat([x, torch.randn_like(x)]), t.repeat(2), torch.cat([y, null])
+    out = model.forward_with_cfg(*doubled, 2.5, cfg_channels)
     cond, uncond = model(x, t, y), model(x, t, null)
     eps = uncond[:, :guided] + 2.5 * (cond[:, :guided] - uncond[:, :guided])
     torch.testing.assert_close(out[:3, :guided], eps, rtol=1e-4, atol=1e-5)
