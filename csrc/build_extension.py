@@ -180,13 +180,19 @@ def build_ext_command() -> type:
 
     class build_ext_or_go_on(BuildExtension):  # noqa: N801 (the name setuptools gives its commands)
         def run(self) -> None:
+            self.in_tree = bool(self.inplace or self.editable_mode)  # setuptools clears inplace while it runs
             try:
                 super().run()
             except Exception as error:  # every way a compiler can fail
-                _give_up(str(error).partition("\n")[0] or type(error).__name__)
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                _give_up(reason)
                 self.extensions = []
+                if not list(self._package().glob("_C.*")):  # where an earlier build stays, so does what it says
+                    self._write({"not_built": reason})
 
         def build_extensions(self) -> None:
+            for name in [name for name in ("CC", "CXX") if os.environ.get(name) == ""]:
+                del os.environ[name]
             ninja = str(Path(sys.executable).parent)  # of an environment that is not activated
             os.environ["PATH"] = os.pathsep.join([ninja, os.environ.get("PATH", "")])
             compiler = shlex.split(os.environ.get("CXX", "") or "c++")[0]
@@ -194,20 +200,19 @@ def build_ext_command() -> type:
                 raise BuildError(f"no C++ compiler ({compiler} not found)")
             cuda = "cudart" in self.extensions[0].libraries
             os.environ.setdefault("MAX_JOBS", str(max_jobs(os.cpu_count() or 1, free_memory_gib(), cuda)))
-            if self.inplace or self.editable_mode:  # keep the objects, so that the next build compiles what changed
+            if self.in_tree:  # keep the objects, so that the next build compiles what changed
                 self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}")
             super().build_extensions()
-            self._write_build_info(cuda)
+            self._write(describe(self.extensions[0], cuda))
 
-        def _write_build_info(self, cuda: bool) -> None:
-            info = json.dumps(describe(self.extensions[0], cuda), indent=2) + "\n"
-            folders = [Path(self.build_lib) / "difffit_fast"]
-            if self.inplace or self.editable_mode:
-                folders = [ROOT / "difffit_fast"]
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "build_info.json.new").write_text(info)
-                os.replace(folder / "build_info.json.new", folder / "build_info.json")
+        def _package(self) -> Path:
+            return (ROOT if self.in_tree else Path(self.build_lib)) / "difffit_fast"
+
+        def _write(self, info: dict[str, Any]) -> None:
+            file = self._package() / "build_info.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.with_suffix(".new").write_text(json.dumps(info, indent=2) + "\n")
+            os.replace(file.with_suffix(".new"), file)
 
     return build_ext_or_go_on
 

@@ -5,20 +5,9 @@
 
 #include <string>
 
-namespace {
+#include "isa.h"
 
-// The clone that target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default") picks on this processor.
-std::string cpu_capability() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return "AVX512";
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
-#endif
-  return "baseline";
-}
+namespace {
 
 std::string compiler() {
 #if defined(__clang__)
@@ -34,7 +23,7 @@ std::string compiler() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of difffit_fast: torch.ops.difffit_fast_cpp.*";
-  m.def("cpu_capability", &cpu_capability, "Instruction set of the kernels on this processor.");
+  m.def("cpu_capability", &difffit::isa_name, "Instruction set of the kernels on this processor.");
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = compiler();

@@ -86,7 +86,8 @@ def _problem(error: ImportError, recorded: dict[str, Any], files: list[str]) -> 
     """The one warning: what is missing, the versions on both sides, what it costs, how to mend it."""
     running = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
     if not files:
-        what = f"difffit_fast was installed without its C++ extension (running {running})."
+        why = recorded.get("not_built", "it was built where PyTorch could not be imported")
+        what = f"difffit_fast was installed without its C++ extension: {why}. {running} is running."
     else:
         reason = str(error).partition("\n")[0]
         if isinstance(error, ModuleNotFoundError) and error.name == "difffit_fast._C":

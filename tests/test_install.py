@@ -189,6 +189,7 @@ def test_the_warning_names_both_sides_when_the_library_does_not_load():
 def test_the_warning_tells_a_library_for_another_python_from_none():
     missing = ModuleNotFoundError("No module named 'difffit_fast._C'", name="difffit_fast._C")
     assert "installed without its C++ extension" in _ext._problem(missing, {}, [])
+    assert "no C++ compiler" in _ext._problem(missing, {"not_built": "no C++ compiler (c++ not found)"}, [])
     assert "_C.cpython-39.so is for this Python" in _ext._problem(missing, {}, ["_C.cpython-39.so"])
 
 
