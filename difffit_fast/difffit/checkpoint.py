@@ -64,7 +64,9 @@ def clean_state_dict(loaded: Any, source: str = "the checkpoint", prefer: str = 
     return state
 
 
-def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None = None, null_class: bool = True) -> dict[str, Any]:
+def infer_config(
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, null_class: bool = True
+) -> dict[str, Any]:
     """The constructor arguments of the DiT that a state dict belongs to.
 
     The number of heads leaves no trace in the tensors: it is taken from the published sizes (XL, L, B, S) or must be given.

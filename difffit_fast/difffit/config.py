@@ -41,7 +41,9 @@ class DiffFitConfig:
         object.__setattr__(self, "gamma", tuple(self.gamma))
         unknown = [site for site in self.gamma if site not in GAMMA_SITES]
         if unknown:
-            raise DiffFitError(f"gamma sites must be among {', '.join(GAMMA_SITES)}; got {', '.join(map(str, unknown))}")
+            raise DiffFitError(
+                f"gamma sites must be among {', '.join(GAMMA_SITES)}; got {', '.join(map(str, unknown))}"
+            )
         blocks = self.gamma_blocks
         if isinstance(blocks, bool) or not (blocks in ("half", "all") or isinstance(blocks, int)):
             raise DiffFitError(f'gamma_blocks must be "half", "all" or a number of blocks; got {blocks!r}')

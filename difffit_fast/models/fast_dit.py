@@ -29,7 +29,7 @@ from ..errors import DiffFitError
 from ..ops import adaln, attention, frozen_linear, frozen_mlp, frozen_qkv, residual_adaln
 from ..ops._register import frozen_weight_error
 from ..ops.attention import BACKENDS
-from .dit import DiT, LN_EPS, check_dit_inputs, sincos_pos_embed, timestep_embedding
+from .dit import LN_EPS, DiT, check_dit_inputs, sincos_pos_embed, timestep_embedding
 
 
 class Vectors(NamedTuple):
@@ -181,7 +181,10 @@ class FastDiffFitDiT(DiT):
         x = x.to(stream) + self.pos_embed.to(stream)
         h = adaln(x, v.a[0], v.c[0], LN_EPS, dtype)
         for i, block in enumerate(self.blocks):
-            vectors = [w[2 * i + k] for w, k in ((v.s, 0), (v.r, 0), (v.a, 1), (v.c, 1), (v.s, 1), (v.r, 1), (v.a, 2), (v.c, 2))]
+            vectors = [
+                w[2 * i + k]
+                for w, k in ((v.s, 0), (v.r, 0), (v.a, 1), (v.c, 1), (v.s, 1), (v.r, 1), (v.a, 2), (v.c, 2))
+            ]
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, h = checkpoint(self._block, block, x, h, *vectors, use_reentrant=False)
             else:

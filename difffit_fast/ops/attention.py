@@ -137,7 +137,9 @@ def available_backends(device: torch.device, dtype: torch.dtype, head_dim: int) 
     names = []
     if half and major >= 8 and head_dim % 8 == 0:
         flash = ["sdpa-flash"] if head_dim <= 256 else []
-        cudnn = ["sdpa-cudnn"] if head_dim <= (256 if major >= 9 else 128) and torch.backends.cudnn.is_available() else []
+        cudnn = (
+            ["sdpa-cudnn"] if head_dim <= (256 if major >= 9 else 128) and torch.backends.cudnn.is_available() else []
+        )
         names += cudnn + flash if major >= 9 else flash + cudnn
     names += ["sdpa-efficient", "sdpa-math", "sdpa", "bmm"]
     if _xformers() is not None:

@@ -49,9 +49,7 @@ def _colsum(x: Tensor) -> Tensor:
     return pick("colsum", colsum, x)(x.contiguous())
 
 
-colsum_op = register(
-    "colsum(Tensor x) -> Tensor", _colsum, lambda x: x.new_empty(x.shape[1], dtype=wide(x.dtype))
-)
+colsum_op = register("colsum(Tensor x) -> Tensor", _colsum, lambda x: x.new_empty(x.shape[1], dtype=wide(x.dtype)))
 
 
 # -- frozen_qkv ----------------------------------------------------------------------------------------------------
@@ -90,7 +88,7 @@ def _qkv_backward(
     qkv2 = None if qkv is None else qkv.reshape(-1, n).contiguous()
     safe = None if gamma is None else _safe(gamma.to(w), dqkv.dtype).contiguous()
     dz, dbias_q, dgamma = pick("colsum", qkv_backward, d2)(d2, qkv2, safe)
-    dh = dgrad(dz, weight).view(*dqkv.shape[:-1], -1) if need_dh else dqkv.new_empty(0)
+    dh = dgrad(dz, weight).view(*dqkv.shape[:-1], weight.shape[1]) if need_dh else dqkv.new_empty(0)
     return dh, dbias_q, dgamma
 
 

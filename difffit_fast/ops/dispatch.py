@@ -90,7 +90,9 @@ def room(device: torch.device, dtype: torch.dtype, has_triton: bool = True, has_
         return "cpp" if has_cpp and dtype in _CPP_DTYPES else "reference"
     if mode == "triton":
         if device.type == "cpu" and not _interpreting():
-            raise DiffFitError("DIFFFIT_FAST_KERNELS=triton needs CUDA tensors, or TRITON_INTERPRET=1 for tensors on the CPU")
+            raise DiffFitError(
+                "DIFFFIT_FAST_KERNELS=triton needs CUDA tensors, or TRITON_INTERPRET=1 for tensors on the CPU"
+            )
         if triton_kernels("adaln") is None:
             raise DiffFitError("DIFFFIT_FAST_KERNELS=triton, but triton cannot be imported (pip install triton)")
         return "triton" if has_triton and dtype in _TRITON_DTYPES else "reference"
@@ -101,7 +103,9 @@ def room(device: torch.device, dtype: torch.dtype, has_triton: bool = True, has_
     return "reference"
 
 
-def pick(stem: str, reference: Callable, like: torch.Tensor, *, has_triton: bool = True, has_cpp: bool = True) -> Callable:
+def pick(
+    stem: str, reference: Callable, like: torch.Tensor, *, has_triton: bool = True, has_cpp: bool = True
+) -> Callable:
     """The function of ``reference``'s name in the room that serves tensors like ``like``."""
     where = room(like.device, like.dtype, has_triton, has_cpp)
     if where == "cpp":

@@ -1,13 +1,12 @@
 """frozen_linear: y = x·Wᵀ + b with a frozen W. The weight gradient is never computed and the input is never saved.
 
-    dx = dy·W,   db = Σ dy over all rows (float32, fixed order)
+dx = dy·W,   db = Σ dy over all rows (float32, fixed order)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._register import check_frozen, register, wide
