@@ -76,6 +76,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         temporary.unlink(missing_ok=True)
 
 
+def write_torch(path: Path, value: object) -> None:
+    """``torch.save`` beside ``path``, flushed, and renamed."""
+    temporary = beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

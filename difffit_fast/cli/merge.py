@@ -1,0 +1,41 @@
+"""``difffit merge``: base and delta become an ordinary DiT checkpoint, computed in float32."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+# What of the delta's metadata still holds for the merged model, and helps whoever samples from it.
+KEPT = ("config", "class_names", "image_size", "vae", "objective", "step")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", help="the base of the delta (default: the one that its run's settings name)")
+    parser.add_argument("--delta", required=True, help="delta, e.g. results/000-DiT-XL-2/checkpoints/0024000.safetensors")
+    parser.add_argument("--out", required=True, help="file to write, .pt or .safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..errors import DiffFitError
+
+    out = Path(args.out)
+    if out.suffix not in (".pt", ".pth", ".safetensors"):
+        raise DiffFitError(f"--out must end in .pt or .safetensors; got {args.out}")
+    if out.exists() and not args.overwrite:
+        raise DiffFitError(f"--out {out} exists; give --overwrite to replace it")
+    if not out.parent.is_dir():
+        raise DiffFitError(f"the folder of --out does not exist: {out.parent}")
+    from .._files import write_safetensors, write_torch
+    from ..sample import load_model
+
+    loaded = load_model(args.ckpt, args.delta)  # float32: nothing is rounded before the merge
+    state = loaded.model.merge().state_dict()
+    if out.suffix == ".safetensors":
+        kept = {key: json.dumps(loaded.metadata[key]) for key in KEPT if key in loaded.metadata}
+        write_safetensors(out, state, {"format": "pt", **kept})
+    else:
+        write_torch(out, state)
+    print(f"{out}: DiT of {sum(t.numel() for t in state.values()):,} parameters, {out.stat().st_size / 2**20:.1f} MiB")
+    return 0

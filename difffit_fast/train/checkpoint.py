@@ -1,0 +1,273 @@
+"""Checkpoints of a run: written beside and renamed, verified when read, kept by count.
+
+    checkpoints/0001000.safetensors    what one samples from: the delta (full: the model), with the averaged weights
+    checkpoints/0001000.state/         what else a resume needs; the frozen weights are in neither
+        tensors.safetensors            raw trainables, their averages, the optimizer's moments
+        state.json                     step, position in the data, generators, settings, checksums of both files
+
+The folder appears last, under its final name, by one rename: a step whose folder is missing or whose checksums do not
+match was torn by a kill, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .._files import TEMPORARY, beside, sha256, write_safetensors, write_text
+from ..errors import DiffFitError
+from .ema import EMA
+
+VERSION = 1
+_STEP = re.compile(r"^(\d{7,})\.(safetensors|state)$")
+
+
+@dataclass
+class Checkpoint:
+    """A verified checkpoint: its step, where the delta lies, and what ``state.json`` says."""
+
+    step: int
+    delta: Path
+    folder: Path
+    info: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "tensors.safetensors")
+
+
+class CheckpointFolder:
+    """The checkpoints in ``path``, of which the ``keep`` newest stay (0: all)."""
+
+    def __init__(self, path: str | os.PathLike[str], keep: int = 0) -> None:
+        self.path = Path(path)
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """The steps of which anything lies here, in order, whole or not."""
+        if not self.path.is_dir():
+            return []
+        found = (_STEP.match(name) for name in os.listdir(self.path))
+        return sorted({int(match[1]) for match in found if match})
+
+    def delta_path(self, step: int) -> Path:
+        return self.path / f"{step:07d}.safetensors"
+
+    def state_path(self, step: int) -> Path:
+        return self.path / f"{step:07d}.state"
+
+    def save(
+        self, step: int, write_delta: Callable[[Path], None], tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+    ) -> Path:
+        """Write the checkpoint of ``step``, then remove those beyond the count; returns the delta's path."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        delta, final = self.delta_path(step), self.state_path(step)
+        folder = beside(final)
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove(final)  # of an earlier run through this step
+        try:
+            folder.mkdir()
+            write_delta(delta)
+            write_safetensors(folder / "tensors.safetensors", tensors)
+            sums = {"delta": sha256(delta), "tensors": sha256(folder / "tensors.safetensors")}
+            write_text(
+                folder / "state.json", json.dumps({**info, "version": VERSION, "step": step, "sha256": sums}, indent=1)
+            )
+            os.rename(folder, final)
+            _flush_folder(self.path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.prune()
+        return delta
+
+    def prune(self) -> None:
+        """Remove the oldest checkpoints beyond the count, and what killed processes left half written."""
+        steps = self.steps()
+        for step in steps[: -self.keep] if self.keep else []:
+            _remove(self.state_path(step))
+            self.delta_path(step).unlink(missing_ok=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove temporary files; nobody else may be writing here."""
+        if self.path.is_dir():
+            for name in os.listdir(self.path):
+                if name.startswith(TEMPORARY):
+                    _remove(self.path / name)
+
+    def newest(self, tell: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+        """The newest whole checkpoint; ``tell`` hears of each torn one that is passed over."""
+        for step in reversed(self.steps()):
+            try:
+                return self.read(step)
+            except DiffFitError as error:
+                tell(f"passing over the checkpoint of step {step}: {error}")
+        return None
+
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``, its checksums compared.
+
+        Raises:
+            DiffFitError: it is missing, torn, damaged, or of a later version of this package.
+        """
+        delta, folder = self.delta_path(step), self.state_path(step)
+        if not folder.is_dir():
+            raise DiffFitError(f"{folder} is missing: it was not written to its end")
+        try:
+            info = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            sums = info["sha256"]
+            for name, path in (("delta", delta), ("tensors", folder / "tensors.safetensors")):
+                if sha256(path) != sums[name]:
+                    raise DiffFitError(f"{path} is damaged: its checksum differs from the recorded one")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DiffFitError(f"{folder} cannot be read: {error}") from error
+        if info.get("version") != VERSION:
+            raise DiffFitError(f"{folder} has version {info.get('version')}; this package reads {VERSION}")
+        return Checkpoint(step, delta, folder, info)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder so that at no moment a half-removed one stands under its name."""
+    if path.is_dir():
+        hidden = path if path.name.startswith(TEMPORARY) else beside(path).with_suffix(".old")
+        if hidden != path:
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# -- what training holds, as named tensors -----------------------------------------------------------------------------
+
+
+def pack(parameters: Mapping[str, nn.Parameter], ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trainables, averages and optimizer state by name, whole, on the CPU; all processes of an FSDP job call it."""
+    tensors = {f"value/{name}": _whole(p) for name, p in parameters.items()}
+    tensors |= {f"ema/{name}": _whole(t) for name, t in ema.tensors.items()}
+    for name, p in parameters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = _whole(torch.as_tensor(value))
+    return tensors
+
+
+@torch.no_grad()
+def unpack(
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    updates: int,
+) -> None:
+    """Put back what :func:`pack` took.
+
+    Raises:
+        DiffFitError: the tensors are of other parameters or shapes; nothing has been changed then.
+    """
+    stored = {key.removeprefix("value/"): value for key, value in tensors.items() if key.startswith("value/")}
+    odd = sorted(set(stored) ^ set(parameters)) or [n for n, p in parameters.items() if p.shape != stored[n].shape]
+    if odd:
+        raise DiffFitError(f"the checkpoint does not fit this model: {odd[0]} is missing, unknown or of another shape")
+    states: dict[int, dict[str, Tensor]] = {}
+    for index, (name, p) in enumerate(parameters.items()):
+        p.copy_(_like(stored[name], p))
+        prefix = f"optimizer/{name}/"
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if own:
+            states[index] = {key: _like(value, p) if value.dim() else value for key, value in own.items()}
+    ema.load({name: _like(tensors[f"ema/{name}"], p) for name, p in parameters.items()}, updates)
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, gathered if it is sharded."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.to("cpu", copy=True)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value`` on the parameter's device, and sharded as it is."""
+    value = value.to(parameter.device)
+    if hasattr(parameter, "full_tensor") and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+# -- generators --------------------------------------------------------------------------------------------------------
+
+
+def generators_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and PyTorch's global generators, as JSON can hold it."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, _text(np.asarray(keys).tobytes()), int(position), int(has_gauss), float(cached)],
+        "torch": _text(torch.get_rng_state().numpy().tobytes()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _text(torch.cuda.get_rng_state().numpy().tobytes())
+    return state
+
+
+def set_generators_state(state: Mapping[str, Any]) -> None:
+    """Undo :func:`generators_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.frombuffer(base64.b64decode(keys), np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def seed_generators(seed: int) -> None:
+    """Seed all three."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def generators_aside() -> Iterator[None]:
+    """Whatever is drawn inside leaves the global generators as they were."""
+    state = generators_state()
+    try:
+        yield
+    finally:
+        set_generators_state(state)
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,177 @@
+"""Several processes: who they are, and the few words they exchange.
+
+Gradients of the trainables are summed in flat pieces after the backward pass: 3 MB a step for DiffFit, which is not
+worth overlapping, and exact for uneven shares because every process divides by the global batch size. (Full
+fine-tuning on several GPUs has gigabytes to exchange: ``--fsdp`` overlaps them.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import DiffFitError
+
+BUCKET_BYTES = 64 << 20
+
+
+class LostProcessError(DiffFitError):
+    """Another process of the job died, or did not answer in time."""
+
+    exit_code = 1
+
+
+@dataclass
+class World:
+    """This process among its peers. ``size`` 1 needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    owns_group: bool = False
+
+    @classmethod
+    def join(cls, device: str, timeout: float) -> World:
+        """Join the group that torchrun describes in the environment, or one that exists already."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        if not dist.is_available():
+            raise DiffFitError("this PyTorch was built without torch.distributed; run one process")
+        cuda = torch.cuda.is_available() and not device.startswith("cpu")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise DiffFitError(f"cannot join the other processes: {_first_line(error)}") from error
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), owns_group=True)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Leave a group that :meth:`join` entered."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self.owns_group = False
+
+    # -- words ---------------------------------------------------------------------------------------------------------
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors over the processes, in place, in pieces of equal dtype and limited size.
+
+        Raises:
+            LostProcessError: a peer is gone. ``tensors`` are then unchanged, or some of them.
+        """
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            alone = len(bucket) == 1 and bucket[0].is_contiguous()
+            flat = bucket[0] if alone else torch.cat([t.reshape(-1) for t in bucket])
+            with self._listening():
+                dist.all_reduce(flat)
+            if not alone:
+                parts = flat.split([t.numel() for t in bucket])
+                torch._foreach_copy_(list(bucket), [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's ``value`` (anything that pickles), in the order of ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._listening():
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The first process's ``value``, on all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with self._listening():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def main_first(self, action: Any) -> Any:
+        """Let the first process do ``action()`` and give its result to all; if it fails there, all fail alike."""
+        result, error = None, None
+        if self.main:
+            try:
+                result = action()
+            except DiffFitError as caught:
+                error = str(caught)
+        result, error = self.from_main((result, error))
+        if error is not None:
+            raise DiffFitError(error)
+        return result
+
+    def agree(self, error: DiffFitError | None) -> None:
+        """Fail on all processes alike if one has found an error."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        found = next((text for text in self.gather(None if error is None else str(error)) if text is not None), None)
+        if found is not None:
+            raise DiffFitError(found) from error
+
+    def _listening(self) -> _Listening:
+        return _Listening()
+
+
+class _Listening:
+    """Turns what a backend raises when a peer has gone into one clear sentence."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError):  # DistBackendError is one
+            reason = _first_line(error)
+            raise LostProcessError(f"another process of this job died or did not answer ({reason})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line.split("] ", 1)[-1] if line.startswith("[") else line
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if bucket and (tensor.dtype != bucket[0].dtype or size + nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += nbytes
+    if bucket:
+        yield bucket
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called ``name``: auto, cpu, cuda, cuda:N; processes of one machine take its GPUs in turn."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DiffFitError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DiffFitError(f"--device {name}: this PyTorch sees no CUDA device")
+        index = local_rank % torch.cuda.device_count() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise DiffFitError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,105 @@
+"""From a batch to the loss of each image: encode, pick the timestep, ask the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.vae import LatentSpace, sample_moments
+from ..diffusion import FlowMatching, create_diffusion
+from ..errors import DiffFitError
+from .distributed import World
+from .stream import Batch, ValidationStream, share
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Objective:
+    """The training loss, ``losses(model, batch) -> (N,)`` float32.
+
+    ``ddpm``: DiT's, at the timestep floor(1000 u). ``flow``: SiT's, at the time u.
+
+    Args:
+        learn_sigma: whether the model predicts a variance as well.
+        vae: encodes the pixels of a batch; None where they are what the model sees.
+        autocast: run the model under autocast in this dtype; None for a model that sees to its arithmetic itself.
+    """
+
+    def __init__(
+        self, name: str, learn_sigma: bool, vae: LatentSpace | None = None, autocast: torch.dtype | None = None
+    ) -> None:
+        self.name = name
+        self.vae = vae
+        self.autocast = autocast
+        self.diffusion: Any = FlowMatching() if name == "flow" else create_diffusion(learn_sigma=learn_sigma)
+
+    def losses(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
+        x, noise = batch["x"], batch["noise"]
+        if self.vae is not None:
+            x = sample_moments(self.vae.encode(x), batch["encode"], self.vae.scale, self.vae.shift)
+        if self.name == "flow":
+            t = batch["u"].float()
+        else:
+            t = (batch["u"] * self.diffusion.num_timesteps).long()
+        with self.precision(x.device):
+            return self.diffusion.training_losses(model, x, t, {"y": batch["y"]}, noise=noise)["loss"]
+
+    def precision(self, device: torch.device) -> Any:
+        """The context to call the model in."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast)
+
+
+@torch.no_grad()
+def validation_loss(
+    objective: Objective,
+    model: Callable[..., Tensor],
+    stream: ValidationStream,
+    world: World,
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """The mean loss over ``stream``, each process working on its share, weighted by how many images that is."""
+    mine = share(len(stream), world.rank, world.size)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for first in range(mine.start, mine.stop, batch_size):
+        batch = stream.__getitems__(range(first, min(first + batch_size, mine.stop)))
+        losses = objective.losses(model, {key: value.to(device) for key, value in batch.items()})
+        total[0] += losses.double().sum()
+        total[1] += len(losses)
+    world.sum_([total])
+    return float(total[0] / total[1])
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[str, str | None]:
+    """The precision that ``name`` means on a device, and what the user should hear about it, once."""
+    fast = has_fast_bf16(device)
+    where = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    if name == "auto":
+        return ("bf16", None) if fast else ("fp32", f"{where} does not compute in bf16: training in fp32")
+    if name == "bf16" and not fast:
+        return name, f"{where} does not compute in bf16, only emulates it: --precision fp32 will be faster"
+    return name, None
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic (a CPU: AVX-512 or better)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def check_objective(model: nn.Module, name: str, channels: int) -> None:
+    """The ddpm loss wants a variance exactly where the model says that it learns one."""
+    if getattr(model, "in_channels", channels) != channels:
+        raise DiffFitError(f"the model takes {model.in_channels} channels, but the data gives {channels}")
+    if name not in ("ddpm", "flow"):
+        raise DiffFitError(f"--objective must be ddpm or flow; got {name!r}")

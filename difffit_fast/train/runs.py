@@ -1,0 +1,154 @@
+"""Run folders: ``<results-dir>/NNN-<model>``, as in DiT, and which of them ``--resume`` means."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ..errors import DiffFitError
+from .checkpoint import Checkpoint, CheckpointFolder
+from .config import TrainConfig, read_yaml
+
+CONFIG_FILE = "config.yaml"
+_RUN = re.compile(r"^(\d{3,})-(.+)$")
+
+
+@dataclass
+class Start:
+    """Where a run begins: its folder (None: a new one), the checkpoint to go on from, and what to say about it."""
+
+    folder: Path | None
+    checkpoint: Checkpoint | None
+    messages: list[str]
+
+
+def run_folders(results_dir: str | os.PathLike[str], model: str) -> list[Path]:
+    """The run folders of a model, oldest first."""
+    root = Path(results_dir)
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), root / m[0]) for m in map(_RUN.match, os.listdir(root)) if m and m[2] == _safe(model)]
+    return [path for _, path in sorted(found)]
+
+
+def new_run_folder(results_dir: str | os.PathLike[str], model: str) -> Path:
+    """Make the next ``NNN-<model>`` in ``results_dir``.
+
+    Raises:
+        DiffFitError: it cannot be made there.
+    """
+    root = Path(results_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(m[1]) for m in map(_RUN.match, os.listdir(root)) if m), default=-1)
+        while True:
+            path = root / f"{number:03d}-{_safe(model)}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:  # another job was quicker
+                number += 1
+    except OSError as error:
+        raise DiffFitError(f"cannot make a run folder in --results-dir {root}: {error.strerror or error}") from error
+
+
+def _safe(model: str) -> str:
+    return model.replace("/", "-")
+
+
+def find_start(config: TrainConfig, model: str) -> Start:
+    """What ``config.resume`` means.
+
+    ``none``: a new run. ``auto``: the newest run of this model with the same settings, from its newest whole
+    checkpoint; a new run if there is none. A path: that run folder, or the checkpoint in it, whatever its learning rate
+    was; from a checkpoint that is not the run's newest, the continuation gets a folder of its own.
+
+    Raises:
+        DiffFitError: a path that holds no run or no whole checkpoint.
+    """
+    if config.resume == "none":
+        return Start(None, None, [])
+    if config.resume == "auto":
+        return _newest_alike(config, model)
+    path: Path | None = Path(config.resume)
+    messages: list[str] = []
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
+        checkpoint = CheckpointFolder(path / "checkpoints").newest(messages.append)
+        if checkpoint is None:
+            raise DiffFitError(f"the run {path} holds no whole checkpoint to resume from")
+    else:
+        step = path.name.split(".")[0]
+        if path.parent.name != "checkpoints" or not step.isdigit() or not path.exists():
+            raise DiffFitError(
+                f"--resume must be none, auto, a run folder or a checkpoint in it (…/checkpoints/0001000.safetensors); "
+                f"got {config.resume!r}"
+            )
+        folder = CheckpointFolder(path.parent)
+        checkpoint = folder.read(int(step))
+        path = path.parent.parent if checkpoint.step == folder.steps()[-1] else None
+    _refuse_other_model(config, checkpoint)
+    changed = config.differences(checkpoint.info.get("config", {}))
+    if changed:
+        messages.append(f"settings that differ from the run's: {'; '.join(changed)}")
+    return Start(path, checkpoint, messages)
+
+
+def _newest_alike(config: TrainConfig, model: str) -> Start:
+    others: list[str] = []
+    for folder in reversed(run_folders(config.results_dir, model)):
+        try:
+            theirs = read_yaml(folder / CONFIG_FILE)
+        except DiffFitError:  # killed before it wrote its settings
+            continue
+        if changed := config.differences(theirs):
+            others.append(f"{folder} differs in {'; '.join(changed)}")
+            continue
+        messages: list[str] = []
+        checkpoint = CheckpointFolder(folder / "checkpoints").newest(messages.append)
+        if checkpoint is None:
+            messages.append(f"{folder} holds no whole checkpoint yet; it starts from the beginning")
+        return Start(folder, checkpoint, messages)
+    reason = others[0] if others else f"no run of {model} in {config.results_dir}"
+    return Start(None, None, [f"nothing to resume ({reason}); a new run"])
+
+
+# Settings without which the tensors of a checkpoint mean something else.
+_MODEL_SETTINGS = ("method", "method_args", "difffit", "objective", "vae", "image_size", "num_classes", "model_args")
+
+
+def _refuse_other_model(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    theirs, ours = checkpoint.info.get("config", {}), config.to_dict()
+    for key in _MODEL_SETTINGS:
+        if key in theirs and theirs[key] != ours[key]:
+            raise DiffFitError(
+                f"cannot resume {checkpoint.delta}: its {key} is {theirs[key]}, and {ours[key]} was asked for"
+            )
+
+
+class RunLock:
+    """Only one process trains in a run folder; the lock goes with the process, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file: IO[str] | None = None
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system
+            return
+        self._file = open(folder / ".lock", "w")  # noqa: SIM115 (held for the run)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise DiffFitError(f"another process is training in {folder}") from error
+        except OSError:  # a file system without locks
+            self.release()
+
+    def release(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
