@@ -42,7 +42,7 @@ def solver_sample_loop(
     progress: bool = False,
     generator: Generators = None,
 ) -> Tensor:
-    """Sample (N, C, H, W) with ``"dpm++"`` or ``"unipc"``, deterministic given ``noise``. Ignores a learned variance."""
+    """Sample (N, C, H, W) with ``"dpm++"`` or ``"unipc"``, deterministic given ``noise``; ignores learned variance."""
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     scheduler = make_scheduler(solver, diffusion)

@@ -1,0 +1,192 @@
+"""Many samples for an FID: numbered PNG files in a folder, then one ADM-format ``.npz``.
+
+A folder can be begun by one number of processes, killed, and finished by another: image i depends on the seed and i
+alone, files that are there and whole are kept, and ``sampling.json`` refuses to mix settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from .._files import TEMPORARY, beside, write_text
+from ..errors import DiffFitError
+from .images import is_whole_png, save_png, to_uint8
+from .sampler import Sampler, resolve_labels
+
+SETTINGS_FILE = "sampling.json"
+
+
+class Processes(Protocol):
+    """What is asked of the processes that share the work; :class:`difffit_fast.train.distributed.World` is one."""
+
+    rank: int
+    size: int
+
+    def main_first(self, action: Any) -> Any: ...
+    def agree(self, error: DiffFitError | None) -> None: ...
+
+
+class OneProcess:
+    """No other processes."""
+
+    rank, size = 0, 1
+
+    def main_first(self, action: Any) -> Any:
+        return action()
+
+    def agree(self, error: DiffFitError | None) -> None:
+        if error is not None:
+            raise error
+
+
+def sample_to_folder(
+    sampler: Sampler,
+    folder: str | os.PathLike[str],
+    num_images: int,
+    *,
+    labels: Sequence[int | str] | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    processes: Processes | None = None,
+    progress: bool = True,
+    npz: bool = True,
+) -> Path | None:
+    """Fill ``folder`` with ``000000.png`` ... and write ``<folder>.npz`` from them; returns the latter's path.
+
+    Args:
+        num_images: how many.
+        labels: the classes, in turn (image i has ``labels[i % len(labels)]``); None: drawn at random for each image.
+        settings: recorded in ``sampling.json`` beside the sampler's own; what a continuation must not change.
+        processes: this process among those that share the work.
+        npz: whether to write the ``.npz`` file; the first process does when all are done.
+
+    Raises:
+        DiffFitError: the folder was begun with other settings, or cannot be written.
+    """
+    processes = processes or OneProcess()
+    if num_images < 1:
+        raise DiffFitError(f"the number of images must be at least 1; got {num_images}")
+    sampler.check_decoder()
+    y = image_labels(sampler, num_images, labels, seed)
+    folder = Path(folder)
+    mine = {**sampler_settings(sampler), "seed": seed, "labels": None if labels is None else list(labels)}
+    processes.main_first(lambda: _prepare(folder, {**mine, **(settings or {})}))
+    todo = [i for i in range(processes.rank, num_images, processes.size) if not is_whole_png(png_path(folder, i))]
+    error = None
+    with tqdm(total=len(todo), unit="img", desc="sample", disable=not progress or processes.rank != 0) as bar:
+        try:
+            for start in range(0, len(todo), sampler.batch_size):
+                indices = todo[start : start + sampler.batch_size]
+                images = to_uint8(sampler.sample([y[i] for i in indices], seed, indices=indices))
+                for i, pixels in zip(indices, images, strict=True):
+                    save_png(pixels, png_path(folder, i))
+                bar.update(len(indices))
+        except OSError as caught:
+            error = DiffFitError(f"cannot write samples into {folder}: {caught.strerror or caught}")
+    processes.agree(error)
+    if not npz:
+        return None
+    target = folder.with_name(folder.name + ".npz")
+    files = [png_path(folder, i) for i in range(num_images)]
+    processes.main_first(lambda: write_npz(files, target, progress=progress))
+    return target
+
+
+def png_path(folder: Path, index: int) -> Path:
+    """``folder/000123.png``."""
+    return folder / f"{index:06d}.png"
+
+
+def image_labels(sampler: Sampler, num_images: int, labels: Sequence[int | str] | None, seed: int) -> list[int]:
+    """The class of every image: ``labels`` in turn, or uniform over the classes, from ``seed`` alone."""
+    num_classes = sampler.model.num_classes
+    if labels is None:
+        return np.random.default_rng((seed, 0x6C61)).integers(0, num_classes, num_images).tolist()
+    if not len(labels):
+        raise DiffFitError("the list of class labels is empty")
+    resolved = resolve_labels(labels, num_classes, sampler.class_names).tolist()
+    return [resolved[i % len(resolved)] for i in range(num_images)]
+
+
+def sampler_settings(sampler: Sampler) -> dict[str, Any]:
+    """What of a sampler decides the images."""
+    names = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "eta")
+    return {
+        **{name: getattr(sampler, name) for name in names},
+        "model": sampler.model.config,
+        "vae": sampler.vae.name,
+        "precision": str(sampler.autocast or "model"),
+    }
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, or compare ``settings`` with those it was begun with; sweep half-written files."""
+    settings = json.loads(json.dumps(settings))
+    path = folder / SETTINGS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(folder.glob("[0-9]*.png")):
+                raise DiffFitError(
+                    f"{folder} holds images but no {SETTINGS_FILE}: not begun by this command, not touched"
+                )
+            write_text(path, json.dumps(settings, indent=1) + "\n")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for leftover in folder.glob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiffFitError(f"cannot write samples into {folder}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DiffFitError(f"{path} cannot be read: {error}") from error
+    for key in sorted(set(before) | set(settings)):
+        if before.get(key) != settings.get(key):
+            raise DiffFitError(
+                f"{folder} was begun with {key} {before.get(key)}; now it is {settings.get(key)}. "
+                "Use another folder, or the same settings to go on"
+            )
+
+
+def write_npz(files: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str], progress: bool = False) -> None:
+    """Images of one size -> an ADM-format file: ``arr_0`` uint8 (N, H, W, 3), one image in memory at a time.
+
+    The same images give the same bytes.
+    """
+    files, path = [Path(file) for file in files], Path(path)
+    if not files:
+        raise DiffFitError("there are no images to write")
+    height, width, _ = _read_rgb(files[0]).shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
+    temporary = beside(path)
+    try:
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out,
+        ):
+            np.lib.format.write_array_header_1_0(out, header)
+            for file in tqdm(files, desc="npz", unit="img", disable=not progress):
+                pixels = _read_rgb(file)
+                if pixels.shape != (height, width, 3):
+                    raise DiffFitError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the others {width}x{height}")
+                out.write(pixels.tobytes())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DiffFitError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_rgb(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DiffFitError(f"cannot read the image {path}: {error}") from error

@@ -1,0 +1,218 @@
+"""The sampler: a model, a way to integrate, guidance and a decoder, in one object."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.vae import LatentSpace, PixelSpace, load_vae
+from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, create_diffusion, randn, solver_sample_loop
+from ..diffusion.flow import METHODS as FLOW_METHODS
+from ..diffusion.solvers import make_scheduler
+from ..errors import DiffFitError
+from ..models.dit import guided_forward, num_guided_channels
+
+DDPM_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
+SAMPLERS = (*DDPM_SAMPLERS, *FLOW_METHODS)
+
+
+class Sampler:
+    """Turns class labels into images.
+
+    Args:
+        model: a :class:`DiT` or :class:`FastDiffFitDiT`; used in eval mode, and put back in its mode afterwards.
+        sampler: ``"ddpm"``, ``"ddim"``, ``"dpm++"``, ``"unipc"`` (the last two from diffusers) for models that predict
+            noise, ``"euler"``, ``"heun"`` for flow matching (SiT).
+        num_sampling_steps: steps; Heun calls the model twice in each. DDPM and DDIM spread them evenly from end to end.
+        cfg_scale: guidance; 1 uses the conditional prediction alone, in half the time.
+        cfg_channels: ``"first3"`` (as published), ``"all"``, or a count.
+        vae: decoder: None or ``"none"`` for models of pixels, ``"ema"``, ``"mse"``, a folder, or a loaded one.
+        eta: DDIM's noise, 0 to 1.
+        diffusion: noise schedule to sample from in place of DiT's linear one; its respacing is made anew.
+        batch_size: images at a time.
+        autocast: dtype to run the model in through autocast (``torch.bfloat16``); None: as the model is.
+        class_names: lets :meth:`sample` take names for labels.
+        progress: show a bar over the steps.
+
+    Image i of ``sample(labels, seed)`` depends on ``seed``, i and its label, not on the batch size, the device's random
+    numbers or the number of processes (beyond the last bits of float arithmetic).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampler: str = "ddpm",
+        num_sampling_steps: int = 250,
+        cfg_scale: float = 4.0,
+        cfg_channels: str | int = "first3",
+        vae: str | LatentSpace | PixelSpace | None = None,
+        device: torch.device | str | None = None,
+        *,
+        eta: float = 0.0,
+        diffusion: GaussianDiffusion | None = None,
+        batch_size: int = 32,
+        autocast: torch.dtype | None = None,
+        class_names: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> None:
+        if sampler not in SAMPLERS:
+            raise DiffFitError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
+        if num_sampling_steps < 1 or batch_size < 1:
+            raise DiffFitError(f"steps and batch size must be at least 1; got {num_sampling_steps} and {batch_size}")
+        if cfg_scale < 0:
+            raise DiffFitError(f"cfg_scale must be at least 0; got {cfg_scale}")
+        if not 0 <= eta <= 1:
+            raise DiffFitError(f"eta must be in 0..1; got {eta}")
+        self.model = model if device is None else model.to(device)
+        self.device = next(model.parameters()).device
+        self.sampler = sampler
+        self.num_sampling_steps = num_sampling_steps
+        self.cfg_scale = cfg_scale
+        self.cfg_channels = cfg_channels
+        self.eta = eta
+        self.batch_size = batch_size
+        self.autocast = autocast
+        self.class_names = list(class_names) if class_names is not None else None
+        self.progress = progress
+        if cfg_scale != 1:
+            try:
+                num_guided_channels(cfg_channels, model.in_channels)
+            except ValueError as error:
+                raise DiffFitError(str(error)) from error
+            if model.y_embedder.embedding_table.num_embeddings <= model.num_classes:
+                raise DiffFitError("this model was trained without a null class and cannot be guided; use cfg_scale=1")
+        self.vae = load_vae(vae or "none", self.device) if vae is None or isinstance(vae, str) else vae.to(self.device)
+        self._integrate = self._integrator(diffusion)
+
+    def sample(
+        self,
+        labels: Sequence[int | str] | Tensor,
+        seed: int = 0,
+        *,
+        indices: Sequence[int] | None = None,
+        decode: bool = True,
+    ) -> Tensor:
+        """Images float32 (N, 3, H, W) in [-1, 1] on the CPU, one per label (a number, or a name of ``class_names``).
+
+        ``indices`` numbers the images for the seeding (default 0, 1, ...). With ``decode=False``, what the diffusion
+        model works on: (N, in_channels, input_size, input_size).
+        """
+        y = resolve_labels(labels, self.model.num_classes, self.class_names)
+        indices = range(len(y)) if indices is None else indices
+        if len(indices) != len(y):
+            raise ValueError(f"expected one index per label, {len(y)}; got {len(indices)}")
+        if decode:
+            self.check_decoder()
+        parts = []
+        for start in range(0, len(y), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            generators = image_generators(seed, indices[part])
+            with torch.no_grad(), _evaluating(self.model):
+                latents = self._sample_latents(y[part].to(self.device), generators)
+                parts.append((self.vae.decode(latents) if decode else latents).float().cpu())
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def check_decoder(self) -> None:
+        """Raise unless the decoder takes what the model makes."""
+        channels = self.model.in_channels
+        allowed = (1, 3) if isinstance(self.vae, PixelSpace) else (self.vae.channels,)
+        if channels not in allowed:
+            what = "there is no VAE (vae='none')" if isinstance(self.vae, PixelSpace) else f"the VAE has {allowed[0]}"
+            raise DiffFitError(f"the model makes {channels} channels, but {what}; pass the VAE it was trained with")
+
+    def _sample_latents(self, y: Tensor, generators: list[torch.Generator]) -> Tensor:
+        shape = (len(y), self.model.in_channels, self.model.input_size, self.model.input_size)
+        noise = randn(shape, generators, self.device)
+        return self._integrate(self._guided(y), shape, noise, generator=generators, progress=self.progress)
+
+    def _guided(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The model as a function of x (N, ...) and t (N,), guidance inside."""
+        null = torch.full_like(y, self.model.num_classes)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            with self._precision():
+                if self.cfg_scale == 1:
+                    return self.model(x, t, y)
+                doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])
+                return guided_forward(self.model, *doubled, self.cfg_scale, self.cfg_channels)[: len(x)]
+
+        return predict
+
+    def _precision(self) -> Any:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+    def _integrator(self, diffusion: GaussianDiffusion | None) -> Callable[..., Tensor]:
+        """``loop(model, shape, noise, generator=, progress=)`` for the sampler's name."""
+        steps, learn_sigma = self.num_sampling_steps, self.model.learn_sigma
+        if self.sampler in FLOW_METHODS:
+            flow = FlowMatching()
+            return lambda *a, **k: flow.ode_sample_loop(*a, num_steps=steps, method=self.sampler, **k)
+        base = diffusion or create_diffusion()
+        if steps > base.original_num_steps:
+            raise DiffFitError(f"{self.sampler} takes at most {base.original_num_steps} steps; got {steps}")
+        if self.sampler in SOLVERS:
+            make_scheduler(self.sampler, base)  # if diffusers is missing, say so now
+            return lambda *a, **k: solver_sample_loop(self.sampler, base, *a, num_steps=steps, **k)
+        kept = create_diffusion(str(steps), diffusion_steps=base.original_num_steps).steps
+        spaced = GaussianDiffusion(base.original_betas, kept, learn_sigma)
+        clip = isinstance(self.vae, PixelSpace)  # pixels lie in [-1, 1], latents anywhere
+        if self.sampler == "ddim":
+            return lambda *a, **k: spaced.ddim_sample_loop(*a, eta=self.eta, clip_denoised=clip, **k)
+        return lambda *a, **k: spaced.p_sample_loop(*a, clip_denoised=clip, **k)
+
+
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image, seeded by (seed, index): images do not share a stream of random numbers."""
+    states = [int(np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0]) for i in indices]
+    return [torch.Generator().manual_seed(state) for state in states]
+
+
+def resolve_labels(
+    labels: Sequence[int | str] | Tensor, num_classes: int, class_names: Sequence[str] | None = None
+) -> Tensor:
+    """Class numbers (0 .. num_classes - 1) and names, mixed -> (N,) long on the CPU.
+
+    Raises:
+        DiffFitError: a number out of range, an unknown name (the nearest known one is named), or names without a list.
+    """
+    if isinstance(labels, Tensor):
+        labels = labels.tolist()
+    numbers = []
+    for label in labels:
+        if isinstance(label, str) and class_names is not None and label in class_names:
+            numbers.append(class_names.index(label))
+            continue
+        try:
+            number = int(label)
+        except ValueError:
+            raise DiffFitError(_unknown_name(str(label), class_names)) from None
+        if not 0 <= number < num_classes:
+            raise DiffFitError(f"class labels must be in 0..{num_classes - 1}; got {number}")
+        numbers.append(number)
+    return torch.tensor(numbers, dtype=torch.long)
+
+
+def _unknown_name(name: str, class_names: Sequence[str] | None) -> str:
+    import difflib
+
+    if class_names is None:
+        return f"the class {name!r} was given by name, but the model carries no class names; use its number"
+    close = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
+    return f"there is no class {name!r}; the nearest known one is {close[0]!r}"
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
