@@ -292,6 +292,22 @@ def test_from_archives_to_image_folders(name, small, tmp_path):
     assert _tree(root / "prepared" / name) == _tree(tmp_path / first)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_each_has_a_recipe_that_the_trainer_accepts(name):
+    from difffit_fast.train.config import TrainConfig
+
+    path = Path(__file__).parent.parent / "examples" / "recipes" / f"{name}.yaml"
+    config = TrainConfig.load(path)
+    split = next(iter(DATASETS[name].splits))
+    assert config.num_classes == DATASETS[name].splits[split].totals[0]
+    assert (config.max_steps, config.global_batch_size, config.learning_rate) == (24_000, 32, 1e-3)
+    assert (config.method, config.difffit, config.model, config.image_size) == ("difffit", "paper", "DiT-XL/2", 256)
+    assert (config.num_sampling_steps, config.cfg_scale) == (50, 1.5)
+    assert config.data_path == f"prepared/{name}/train"
+    text = path.read_text()
+    assert f"--split {split} " in text and "--num-fid-samples 10000" in text
+
+
 def _check_parts(out, expected):
     got = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.[jJ][pP][gG]")}
     assert got == {path: _jpeg(key) for path, key in expected.items()}

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._files import TEMPORARY, sha256
 from ..errors import DiffFitError
 from .image_folder import ImageFolder
 from .pixels import ImageError, read_pixels, to_signed
@@ -34,7 +35,6 @@ from .shards import (
     VERSION,
     open_shard,
     read_json,
-    sha256_file,
     shard_name,
     shard_note,
     write_json,
@@ -130,7 +130,7 @@ class Extraction:
                 )
             self.settings = found
             return
-        foreign = sorted(entry.name for entry in os.scandir(self.out) if ".tmp-" not in entry.name)
+        foreign = sorted(entry.name for entry in os.scandir(self.out) if not entry.name.startswith(TEMPORARY))
         if foreign:
             raise DiffFitError(
                 f"{self.out} is not empty (it holds {foreign[0]!r}) and was not begun by difffit extract; "
@@ -273,7 +273,7 @@ class Extraction:
             files += [self.folder.files[index] for index in indices]
             bad += shard_note(handle, path)["bad"]
             shards.append(
-                {"file": path.name, "count": len(indices), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                {"file": path.name, "count": len(indices), "bytes": path.stat().st_size, "sha256": sha256(path)}
             )
         empty = sorted(set(range(self.folder.num_classes)) - set(labels))
         if empty:
@@ -293,7 +293,7 @@ class Extraction:
             "files": files,
         }
         write_json(self.out / INDEX_FILE, index)
-        for leftover in self.out.glob("*.tmp-*"):  # of killed processes; a living one has nothing left to write
+        for leftover in self.out.glob(TEMPORARY + "*"):  # of killed processes; a living one has nothing left to write
             leftover.unlink(missing_ok=True)
         return index
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import sha256
 from ..errors import DiffFitError
 from .base import BadImage, check_index, visit_rng
 from .pixels import to_signed
-from .shards import CONFIG_FILE, FORMAT, INDEX_FILE, VERSION, open_shard, read_json, sha256_file
+from .shards import CONFIG_FILE, FORMAT, INDEX_FILE, VERSION, open_shard, read_json
 from .vae import sample_moments
 
 
@@ -128,7 +129,7 @@ class LatentCache:
             path = self.path / entry["file"]
             if self.verify and not self._verified[number]:
                 try:
-                    digest = sha256_file(path)
+                    digest = sha256(path)
                 except OSError as error:
                     raise DiffFitError(f"the shard {path} cannot be read: {error}") from error
                 if digest != entry["sha256"]:

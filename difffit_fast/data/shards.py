@@ -15,50 +15,29 @@ mirror image costs nothing to make.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .._files import write_safetensors, write_text
 from ..errors import DiffFitError
 
 FORMAT = "difffit_fast.features"
 VERSION = 1
 CONFIG_FILE = "extract.json"
 INDEX_FILE = "index.json"
-_METADATA_KEY = "difffit_fast"  # one key only: safetensors writes several in no fixed order, and bytes must repeat
+_METADATA_KEY = "difffit_fast"
 
 
 def shard_name(number: int, count: int) -> str:
     return f"shard-{number:05d}-of-{count:05d}.safetensors"
 
 
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that takes ``path``'s place when the block ends well, durably and at once.
-
-    Killed at any moment, the process leaves either the old file or the new one, and at worst a ``*.tmp-*`` file.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
-    with beside(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,18 +51,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_shard(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
     """Write one shard with ``note`` as its metadata; the same tensors and note give the same bytes."""
-    with beside(path) as temporary:
-        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(note, sort_keys=True, ensure_ascii=False)})
+    write_safetensors(path, tensors, {_METADATA_KEY: json.dumps(note, sort_keys=True, ensure_ascii=False)})
 
 
 def open_shard(path: Path) -> Any:

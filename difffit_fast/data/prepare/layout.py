@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ..._files import sha256
 from ...errors import DiffFitError
-from ..shards import read_json, sha256_file, write_json
+from ..shards import read_json, write_json
 
 LISTING = "files.sha256"
 INFO = "dataset.json"
@@ -98,7 +99,7 @@ def place(items: list[Item], partial: Path, movable: Any, copy: bool = False) ->
 def finish(partial: Path, out: Path, info: dict[str, Any]) -> None:
     """List and hash what ``partial`` holds, then rename it to ``out``: that name means "complete"."""
     files = _images(partial)
-    lines = [f"{sha256_file(partial / name)}  {name}\n" for name in tqdm(files, desc="hash", unit="file")]
+    lines = [f"{sha256(partial / name)}  {name}\n" for name in tqdm(files, desc="hash", unit="file")]
     (partial / LISTING).write_text("".join(lines), encoding="utf-8")
     write_json(partial / INFO, info)
     (partial / MARKER).unlink()
@@ -126,7 +127,7 @@ def verify(out: Path) -> dict[str, Any]:
     changed = [
         name
         for name in tqdm(sorted(present & set(listed)), desc="verify", unit="file")
-        if sha256_file(out / name) != listed[name]
+        if sha256(out / name) != listed[name]
     ]
     for what, names in (("missing", missing), ("changed", changed), ("not in the listing", extra)):
         if names:
