@@ -20,7 +20,7 @@ from difffit_fast.data.vae import LatentSpace
 from difffit_fast.diffusion import FlowMatching, create_diffusion
 from difffit_fast.errors import DeltaMismatchError, DiffFitError
 from difffit_fast.sample import load_model, sample_to_folder, save_grid, to_uint8, write_npz
-from difffit_fast.sample.folder import image_labels, png_path
+from difffit_fast.sample.folder import image_labels, png_path, sampler_settings
 from difffit_fast.sample.sampler import image_generators, resolve_labels
 
 SIZES = dict(input_size=8, hidden_size=24, depth=2, num_heads=2, num_classes=5)
@@ -33,6 +33,15 @@ def random_model(seed: int = 0, kind=DiT, **overrides) -> DiT:
         if parameter.requires_grad or kind is DiT:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The models here are too small for threads to do anything but wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +221,10 @@ def fid_sampler(model, batch_size=4):
     return Sampler(model, "ddim", 2, cfg_scale=1.5, batch_size=batch_size)
 
 
+def begun(sampler, seed):
+    return json.loads(json.dumps({**sampler_settings(sampler), "seed": seed, "labels": None}))
+
+
 def read_folder(folder: Path, n: int) -> np.ndarray:
     return np.stack([np.asarray(Image.open(png_path(folder, i))) for i in range(n)])
 
@@ -276,26 +289,29 @@ def test_labels_of_a_folder(model):
         image_labels(sampler, 5, [], 0)
 
 
+class Rank:
+    """One of three processes, alone: what the first one does must have been done."""
+
+    size = 3
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def main_first(self, action):
+        return action() if self.rank == 0 else None
+
+    def agree(self, error):
+        assert error is None
+
+
 def test_processes_share_the_work(model, tmp_path):
-    class Fake:
-        def __init__(self, rank):
-            self.rank, self.size = rank, 3
-
-        def main_first(self, action):
-            return action() if self.rank == 0 and self.rank_may_act else None
-
-        rank_may_act = True
-
-        def agree(self, error):
-            assert error is None
-
-    first = Fake(0)
-    for rank in (1, 2):
-        first.rank_may_act = True
-        sample_to_folder_folder = tmp_path / "shared"
-        sample_to_folder_folder.mkdir(exist_ok=True)
-        sample_to_folder(fid_sampler(model), sample_to_folder_folder, 8, seed=5, processes=Fake(rank), progress=False)
-    assert [i for i in range(8) if png_path(tmp_path / "shared", i).exists()] == [1, 2, 4, 5, 7]
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (folder / "sampling.json").write_text(json.dumps(begun(fid_sampler(model), seed=5)))
+    for rank in (1, 2, 0):
+        sample_to_folder(fid_sampler(model), folder, 8, seed=5, processes=Rank(rank), progress=False, npz=rank == 0)
+        there = [i for i in range(8) if png_path(folder, i).exists()]
+        assert there == {1: [1, 4, 7], 2: [1, 2, 4, 5, 7], 0: list(range(8))}[rank]
 
 
 def test_npz_errors(tmp_path):
@@ -324,7 +340,8 @@ def files(tmp_path_factory) -> Path:
     base = random_model(seed=1)
     raw = {key: value + 0.1 for key, value in base.state_dict().items()}
     torch.save({"model": raw, "ema": base.state_dict(), "args": argparse.Namespace(lr=1)}, folder / "base.pt")
-    fast = FastDiffFitDiT.from_pretrained(folder / "base.pt", num_classes=3, num_heads=2)
+    with pytest.warns(UserWarning, match="made anew"):
+        fast = FastDiffFitDiT.from_pretrained(folder / "base.pt", num_classes=3, num_heads=2)
     torch.manual_seed(2)
     for parameter in fast.trainable_parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -360,6 +377,8 @@ def test_load_model_errors(files, tmp_path):
         load_model(tmp_path / "none.pt")
     with pytest.raises(DiffFitError, match="none of the published sizes"):
         load_model(files / "base.pt")
+    with pytest.raises(DiffFitError, match="is a delta, not a checkpoint"):
+        load_model(files / "delta.safetensors")
     with pytest.raises(DiffFitError, match="does not lie in its run folder"):
         load_model(None, files / "delta.safetensors")
     other = random_model(seed=9)
@@ -378,6 +397,36 @@ def test_delta_finds_the_base_of_its_run(files, tmp_path):
     delta.write_bytes((files / "delta.safetensors").read_bytes())
     (tmp_path / "config.yaml").write_text(f"ckpt: {files / 'base.pt'}\n")
     assert load_model(None, delta).model.num_classes == 3
+
+
+def test_delta_on_the_random_base_of_its_run(tmp_path):
+    train = pytest.importorskip("difffit_fast.train.config")
+    methods = pytest.importorskip("difffit_fast.train.methods")
+    sizes = dict(depth=2, hidden_size=24, num_heads=2)
+    config = train.TrainConfig().replace(model="DiT-S/2", model_args=sizes, global_seed=3, precision="fp32")
+    with pytest.warns(UserWarning, match="frozen weights are random"):
+        fast = methods.build_model(
+            config, channels=3, input_size=8, pixels_per_cell=1, num_classes=4, dtype=torch.float32
+        )
+    (tmp_path / "checkpoints").mkdir()
+    delta = tmp_path / "checkpoints" / "0000010.safetensors"
+    for parameter in fast.trainable_parameters():
+        parameter.data += 0.1
+    fast.save_delta(delta)
+    config.save(tmp_path / "config.yaml")
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 4])
+    loaded = load_model(None, delta).model
+    torch.testing.assert_close(loaded(x, t, y), fast.eval()(x, t, y))
+
+
+def test_whole_model_of_full_fine_tuning(tmp_path):
+    output = pytest.importorskip("difffit_fast.train.output")
+    whole = random_model(seed=4)
+    weights = {name: p for name, p in whole.named_parameters() if name != "pos_embed"}
+    output.write_output(whole, weights, tmp_path / "full.safetensors", dict(class_names=list("abcde"), image_size=8))
+    loaded = load_model(tmp_path / "full.safetensors")
+    assert loaded.class_names == list("abcde") and loaded.model.config == whole.config
+    assert torch.equal(loaded.model.blocks[1].mlp.fc2.weight, whole.blocks[1].mlp.fc2.weight)
 
 
 def test_command_writes_a_grid(files, tmp_path, capsys):
@@ -399,6 +448,7 @@ def test_command_for_flow(files, tmp_path):
     flags = ["--ckpt", files / "base.pt", "--num-heads", 2, "--num-sampling-steps", 2, "-o", tmp_path / "a.png"]
     assert cli.run(command(*flags, "--objective", "flow", "--num-images", 3)) == 0
     assert cli.run(command(*flags, "--sampler", "heun", "--cfg-scale", 1)) == 0
+    assert cli.run(command(*flags, "--objective", "flow", "--precision", "bf16", "--num-images", 1)) == 0
 
 
 BAD = [

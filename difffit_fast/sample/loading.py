@@ -16,6 +16,7 @@ from torch import nn
 
 from ..difffit.checkpoint import infer_config, load_dit_state_dict, pixels_per_cell
 from ..difffit.config import DiffFitConfig
+from ..difffit.delta import FORMAT as DELTA_FORMAT
 from ..difffit.delta import read_delta
 from ..errors import DiffFitError
 from ..models.dit import DIT_SIZES, DiT
@@ -80,13 +81,12 @@ def load_model(
 def _load_checkpoint(
     ckpt: str | os.PathLike[str], weights: str, num_heads: int | None, image_size: int | None
 ) -> tuple[DiT, dict[str, Any]]:
-    state = dict(load_dit_state_dict(ckpt, prefer=weights))
     metadata = _safetensors_metadata(ckpt)
-    recorded = metadata.get("config")
-    if isinstance(recorded, dict):
-        config = recorded
-    else:
-        config = infer_config(state, num_heads=num_heads)
+    if metadata.get("format") == DELTA_FORMAT:
+        raise DiffFitError(f"{ckpt} is a delta, not a checkpoint; give it as the delta, beside its base")
+    state = dict(load_dit_state_dict(ckpt, prefer=weights))
+    recorded = metadata.get("config")  # written by full fine-tuning
+    config = recorded if isinstance(recorded, dict) else infer_config(state, num_heads=num_heads)
     if image_size is not None:
         resize_pos_embed(state, config, image_size, pixels_per_cell(config["in_channels"]), "scaled")
     try:
@@ -184,7 +184,7 @@ def _random_base(run: dict[str, Any], config: dict[str, Any], dtype: torch.dtype
 
 def _safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a ``.safetensors`` file, its JSON values decoded; empty for other files."""
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return {}
     try:
         with safe_open(path, "pt") as file:
