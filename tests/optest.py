@@ -82,7 +82,7 @@ def check_needs_input_grad(op: Callable, inputs: Sequence[Tensor], trainable: Se
         for i, (g, want, need) in enumerate(zip(grads, full, combination, strict=True)):
             assert (g is not None) == need
             if need:
-                torch.testing.assert_close(g, want, msg=lambda m, i=i: f"input {i} with needs {combination}: {m}")
+                torch.testing.assert_close(g, want, msg=lambda m, i=i, c=combination: f"input {i} with needs {c}: {m}")
 
 
 def check_layouts(op: Callable, inputs: Sequence[Tensor], trainable: Sequence[bool]) -> None:

@@ -73,7 +73,7 @@ def _forward(qkv: Tensor, num_heads: int, keep: bool) -> tuple[Tensor, Tensor]:
 
 def _backward(do: Tensor, qkv: Tensor, kept: Tensor, num_heads: int) -> Tensor:
     qkv, do = qkv.contiguous(), do.contiguous()
-    b, t, n = qkv.shape
+    b, _, n = qkv.shape
     scale, up = 1 / math.sqrt(n // (3 * num_heads)), widen(qkv)
     dqkv = torch.empty_like(qkv)
     for i in range(b):
