@@ -165,7 +165,7 @@ def extensions() -> list[Any]:
         extra_link_args=more,
     )
     # The stable ABI lies in torch_cpu and torch_cuda. Linking the other libraries would tie the build to one PyTorch.
-    extension.libraries = ["torch_cpu", "torch_cuda", "cudart", "cublasLt"] if cuda else ["torch_cpu"]
+    extension.libraries = ["torch_cpu", "torch_cuda", "cudart"] if cuda else ["torch_cpu"]
     return [extension]
 
 
