@@ -21,7 +21,7 @@
 
 #define DF_ISA avx512
 #define DF_LANES 16
-#define DF_TARGET __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define DF_TARGET __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma")))
 #include "simd.h"
 #include DIFFFIT_KERNELS
 #undef DF_ISA
