@@ -460,6 +460,7 @@ BAD = [
     (["--ckpt", "{base}", "--num-heads", 2, "--sampler", "heun", "--objective", "ddpm"], "is not for --objective ddpm"),
     (["--ckpt", "{base}", "--num-heads", 2, "--num-classes", 9], "asks for num_classes 9; the model has 5"),
     (["--ckpt", "{base}", "--model", "DiT-S/2"], "asks for depth 12; the model has 2"),
+    (["--ckpt", "{base}", "--model", "UNet"], "the model must be DiT- or SiT-"),
     (["--ckpt", "{base}", "--num-heads", 5], "hidden_size must be divisible by num_heads"),
     (["--ckpt", "{base}", "--num-heads", 2, "--class-labels", "5"], r"must be in 0\.\.4; got 5"),
     (["--ckpt", "{base}", "--num-heads", 2, "--class-labels", "dog"], "carries no class names"),

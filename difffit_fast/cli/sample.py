@@ -11,7 +11,6 @@ import torch
 
 from .._files import sha256
 from ..errors import DiffFitError
-from ..models.dit import DiT_models
 
 FLOW_DEFAULT = "euler"
 
@@ -23,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--delta", help="what fine-tuning wrote, applied to the checkpoint")
     add("--merge", action="store_true", help="fold the delta into the weights first")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, if the file has both")
-    add("--model", choices=sorted(DiT_models), help="check that the checkpoint is this one")
+    add("--model", metavar="NAME", help="check that the checkpoint is this one: DiT-XL/2, SiT-XL/2 and their kin")
     add("--num-heads", type=int, help="attention heads, for widths other than the published ones")
     add("--image-size", type=int, help="pixels (default: the model's own)")
     add("--num-classes", type=int, help="check that the model has so many classes")
     add("--objective", choices=("ddpm", "flow"), help="what the model predicts: ddpm (DiT) or flow (SiT)")
     add("--vae", help="ema, mse, none, a folder or a hub name (default: that of training, else ema; none for pixels)")
     add("--sampler", help="ddpm, ddim, dpm++, unipc, or for flow euler, heun (default: ddpm or euler)")
-    add("--num-sampling-steps", type=int, default=250)
+    add("--num-sampling-steps", type=int, default=250, help="steps (default: 250)")
     add("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1")
     add("--cfg-scale", type=float, help="guidance, 1 for none (default: 4.0; with --num-fid-samples 1.5)")
     add("--cfg-channels", default="first3", help="channels that are guided: first3 (as published), all, or a count")
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help="numbers or names, in turn (default: spread over the classes)",
     )
-    add("--seed", "--global-seed", type=int, default=0)
+    add("--seed", "--global-seed", type=int, default=0, help="image i depends on it and on i alone (default: 0)")
     add("--num-images", type=int, help="images in the grid (default: one per label, else 8)")
     add("--output", "-o", default="sample.png", help="the grid's file")
     add("--num-fid-samples", type=int, help="write so many PNG files and an ADM .npz instead of a grid")
