@@ -105,11 +105,12 @@ class SeededDataset(Dataset):
 
 def load_batch(data: TrainingData, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """The visits ``keys`` (pairs of index and seed) as ``(x float32 [B, C, H, W], y int64 [B])``."""
-    x = torch.empty(len(keys), data.channels, data.size, data.size)
-    y = torch.empty(len(keys), dtype=torch.int64)
+    x = np.empty((len(keys), data.channels, data.size, data.size), dtype=np.float32)
+    y = np.empty(len(keys), dtype=np.int64)
     for row, (index, seed) in enumerate(keys):
-        x[row], y[row] = data.load(int(index), int(seed))
-    return x, y
+        sample, y[row] = data.load(int(index), int(seed))
+        x[row] = sample.numpy()  # NumPy's copy: see pixels.to_signed
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def collate_visits(batch: Any) -> tuple[Tensor, Tensor]:

@@ -88,5 +88,10 @@ def read_pixels(path: str | os.PathLike[str], image_size: int) -> np.ndarray:
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
     """uint8 pixels ``[..., 3, H, W]`` as float32 in [-1, 1]: 0 -> -1, 255 -> 1."""
-    tensor = torch.as_tensor(np.ascontiguousarray(pixels) if isinstance(pixels, np.ndarray) else pixels)
-    return tensor.to(torch.float32).div_(127.5).sub_(1.0)
+    if isinstance(pixels, Tensor):
+        return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+    # NumPy's arithmetic stays on the calling thread: a loader must not compete for PyTorch's with the training step.
+    signed = np.array(pixels, dtype=np.float32, order="C")
+    signed /= 127.5
+    signed -= 1.0
+    return torch.from_numpy(signed)

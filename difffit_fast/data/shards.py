@@ -56,10 +56,10 @@ def write_shard(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) ->
     write_safetensors(path, tensors, {_METADATA_KEY: json.dumps(note, sort_keys=True, ensure_ascii=False)})
 
 
-def open_shard(path: Path) -> Any:
+def open_shard(path: Path, framework: str = "pt") -> Any:
     """The shard as a ``safe_open`` handle; :class:`DiffFitError` when it is missing or damaged."""
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (OSError, SafetensorError) as error:
         raise DiffFitError(f"the shard {path} cannot be read: {error}") from error
 

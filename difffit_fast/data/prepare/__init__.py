@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def prepare(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiffFitError(f"{out} exists and was not made by difffit prepare; choose another --out")
 
+    new_parent = not out.parent.exists()
     partial = layout.begin(out)
     try:
         source = Source(root, partial / ".unpacked", dataset.home)
@@ -91,6 +93,9 @@ def prepare(
         raise DiffFitError(f"cannot prepare {name} in {partial}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
+        if new_parent and not out.exists():
+            with suppress(OSError):
+                out.parent.rmdir()
     return out, info
 
 
