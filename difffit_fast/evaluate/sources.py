@@ -1,0 +1,207 @@
+"""Where images come from: a folder, an ADM ``.npz``, a tensor. All are read in batches, never as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..data.image_folder import image_suffixes
+from ..data.pixels import ImageError, read_pixels, to_rgb
+from ..errors import DiffFitError
+
+__all__ = ["ArraySource", "FolderSource", "ImageSource", "NpzSource", "open_images"]
+
+
+class ImageSource(Protocol):
+    """Images in a fixed order.
+
+    Attributes:
+        name: for messages.
+        fingerprint: changes when the images do, as far as names, sizes and times of files tell; None: never cached.
+    """
+
+    name: str
+    fingerprint: str | None
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        """Lists of uint8 images [3, H, W]."""
+        ...
+
+
+def open_images(images: Any, image_size: int | None = None, num_images: int | None = None) -> ImageSource:
+    """A source over ``images``: a folder, a ``.npz`` file, or a tensor or array of images.
+
+    Args:
+        images: a folder is searched recursively for every format Pillow reads; a ``.npz`` file holds ``arr_0``, uint8
+            [N, H, W, 3]; a tensor is [N, C, H, W], uint8 or float in [-1, 1]; an array is uint8 [N, H, W, C]. C 1 or 3.
+        image_size: crop the images of a folder to this square, as ADM crops its training data. None: as they are.
+        num_images: take the first so many only.
+    """
+    if isinstance(images, Tensor | np.ndarray):
+        source: ImageSource = ArraySource(images, num_images)
+    elif isinstance(images, str | os.PathLike):
+        path = Path(images)
+        if path.is_dir():
+            source = FolderSource(path, image_size, num_images)
+        elif path.suffix == ".npz" and path.is_file():
+            source = NpzSource(path, num_images)
+        elif path.exists():
+            raise DiffFitError(f"{path} is neither a folder of images nor a .npz file")
+        else:
+            raise DiffFitError(f"{path} does not exist")
+    else:
+        raise DiffFitError(f"images must be a folder, a .npz file, a tensor or an array; got {type(images).__name__}")
+    if num_images is not None and len(source) < num_images:
+        raise DiffFitError(f"{source.name} holds {len(source)} images; {num_images} were asked for")
+    return source
+
+
+class FolderSource:
+    """All images under a folder, in the order of their relative paths."""
+
+    def __init__(self, root: Path, image_size: int | None = None, num_images: int | None = None) -> None:
+        if image_size is not None and image_size < 1:
+            raise DiffFitError(f"image_size must be at least 1; got {image_size}")
+        self.name, self.root, self.image_size = str(root), root, image_size
+        found = []
+        for folder, folders, files in os.walk(root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            base = Path(folder)
+            found += [base / f for f in files if not f.startswith(".") and Path(f).suffix.lower() in image_suffixes()]
+        self.files = sorted(found, key=lambda file: file.relative_to(root).as_posix())[:num_images]
+        if not self.files:
+            raise DiffFitError(f"the folder {root} holds no images")
+        digest = hashlib.sha256(f"{image_size}".encode())
+        for file in self.files:
+            stat = file.stat()
+            digest.update(f"{file.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        self.fingerprint: str | None = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            chunks = [self.files[i : i + batch_size] for i in range(0, len(self.files), batch_size)]
+            ahead = [pool.submit(self._read, file) for file in chunks[0]]
+            for number in range(len(chunks)):
+                current, ahead = ahead, []
+                if number + 1 < len(chunks):  # decoded while the network works on the current ones
+                    ahead = [pool.submit(self._read, file) for file in chunks[number + 1]]
+                yield [torch.from_numpy(future.result()).permute(2, 0, 1) for future in current]
+
+    def _read(self, file: Path) -> np.ndarray:
+        try:
+            if self.image_size is not None:
+                return read_pixels(file, self.image_size).copy()
+            with Image.open(file) as image:
+                image.load()
+                return np.array(to_rgb(ImageOps.exif_transpose(image)))
+        except (ImageError, OSError, ValueError, SyntaxError) as error:
+            # A number that silently leaves images out is not the number of this folder.
+            raise DiffFitError(f"the image {file} cannot be read: {error}") from error
+
+
+class NpzSource:
+    """``arr_0`` of an ADM ``.npz``: uint8 [N, H, W, 3], read from the archive batch by batch."""
+
+    def __init__(self, path: Path, num_images: int | None = None) -> None:
+        self.name, self.path = str(path), path
+        with _archive(path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" not in keys:
+                raise DiffFitError(
+                    f"{path} holds {', '.join(keys) or 'nothing'}; images are expected under the key arr_0"
+                )
+            with archive.open("arr_0.npy") as file:
+                shape, fortran, dtype = _header(file, path)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise DiffFitError(f"arr_0 of {path} must be uint8 [N, H, W, 3]; it is {dtype} {list(shape)}")
+        if 0 in shape:
+            raise DiffFitError(f"arr_0 of {path} is empty: {list(shape)}")
+        self.shape = shape
+        self.count = shape[0] if num_images is None else min(shape[0], num_images)
+        stat = path.stat()
+        self.fingerprint: str | None = hashlib.sha256(
+            f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{self.count}".encode()
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        _, height, width, channels = self.shape
+        size = height * width * channels
+        with _archive(self.path) as archive, archive.open("arr_0.npy") as file:
+            _header(file, self.path)
+            for start in range(0, self.count, batch_size):
+                n = min(batch_size, self.count - start)
+                try:
+                    data = file.read(n * size)
+                except (zipfile.BadZipFile, OSError, EOFError) as error:
+                    raise DiffFitError(f"{self.path} is damaged: {error}") from error
+                if len(data) != n * size:
+                    raise DiffFitError(f"{self.path} ends after {start + len(data) // size} of {self.shape[0]} images")
+                pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(n, height, width, channels)
+                yield list(pixels.permute(0, 3, 1, 2))
+
+
+class ArraySource:
+    """Images in memory."""
+
+    fingerprint = None
+
+    def __init__(self, images: Tensor | np.ndarray, num_images: int | None = None) -> None:
+        self.name = "the given images"
+        x = images
+        if isinstance(x, np.ndarray):
+            if x.dtype != np.uint8 or x.ndim != 4:
+                raise DiffFitError(f"an array of images must be uint8 [N, H, W, C]; got {x.dtype} {list(x.shape)}")
+            x = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
+        if x.dim() != 4 or x.shape[1] not in (1, 3):
+            raise DiffFitError(f"images must have shape [N, C, H, W] with C 1 or 3; got {list(x.shape)}")
+        if 0 in x.shape:
+            raise DiffFitError(f"there are no images: shape {list(x.shape)}")
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise DiffFitError(f"images must be uint8, or floating point in [-1, 1]; got {x.dtype}")
+        self.images = x.detach()[:num_images]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        for x in self.images.split(batch_size):
+            if x.is_floating_point():
+                if not torch.isfinite(x).all():
+                    raise DiffFitError("some of the given images are NaN or infinite")
+                x = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)  # as samples are written to files
+            yield list(x.expand(-1, 3, -1, -1))
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DiffFitError(f"{path} is not a .npz file: {error}") from error
+
+
+def _header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and dtype of the ``.npy`` that ``file`` begins with; leaves ``file`` at the data."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(file)
+    except ValueError as error:
+        raise DiffFitError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,134 @@
+"""Statistics of a set of images in some features, and the ``.npz`` file they are kept in.
+
+The file has the keys of ADM's reference batches, ``mu, sigma`` (pooled features) and ``mu_s, sigma_s`` (spatial), so it
+serves there as well. Ours has two more: ``features``, the pooled features themselves [N, D] where precision and recall
+were asked for, and ``difffit_fast``, a JSON text that says which extractor and images it came from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._files import write_bytes
+from ..errors import DiffFitError
+from .frechet import check_gaussian
+
+__all__ = ["Statistics", "load_statistics", "save_statistics"]
+
+NOTE = "difffit_fast"
+
+
+@dataclass
+class Statistics:
+    """What the metrics need to know of one set of images.
+
+    Attributes:
+        count: images; 0 where a file does not say.
+        mean, covariance: of the pooled features, float64 [D] and [D, D].
+        spatial_mean, spatial_covariance: of the spatial features, or None.
+        features: pooled features [N, D] float32, or None.
+        inception_score: mean and standard deviation over splits, or None.
+        identity: of the extractor (see :class:`~difffit_fast.evaluate.features.Extractor`); None where a file does not say.
+        fingerprint: of the images; None where there is none.
+        size: (height, width) if all images had one size, else None.
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+    spatial_mean: Tensor | None = None
+    spatial_covariance: Tensor | None = None
+    features: Tensor | None = None
+    inception_score: tuple[float, float] | None = None
+    identity: str | None = None
+    fingerprint: str | None = None
+    size: tuple[int, int] | None = None
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> None:
+    """Write the ``.npz`` beside ``path`` and rename it."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise DiffFitError(f"statistics are kept in a .npz file; got {path}")
+    note = {
+        "version": 1,
+        "identity": statistics.identity,
+        "fingerprint": statistics.fingerprint,
+        "count": statistics.count,
+        "size": statistics.size,
+    }
+    arrays = {"mu": statistics.mean, "sigma": statistics.covariance}
+    if statistics.spatial_mean is not None and statistics.spatial_covariance is not None:
+        arrays |= {"mu_s": statistics.spatial_mean, "sigma_s": statistics.spatial_covariance}
+    if statistics.features is not None:
+        arrays["features"] = statistics.features.to(torch.float32)
+    buffer = io.BytesIO()
+    np.savez(buffer, **{k: v.cpu().numpy() for k, v in arrays.items()}, **{NOTE: np.array(json.dumps(note))})
+    try:
+        write_bytes(path, buffer.getvalue())
+    except OSError as error:
+        raise DiffFitError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether ``path`` is a ``.npz`` file with a mean and a covariance."""
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def load_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """Read statistics written here, by ADM's or by other evaluators (``mu, sigma`` and, if there, ``mu_s, sigma_s``).
+
+    Raises:
+        DiffFitError: no such file, keys missing, or values that are no mean and covariance.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = set(file.files)
+            if not {"mu", "sigma"} <= keys:
+                found = ", ".join(sorted(keys)) or "nothing"
+                raise DiffFitError(f"{path} holds {found}; statistics are expected under the keys mu and sigma")
+            mean, covariance = check_gaussian(file["mu"], file["sigma"], f"{path}:")
+            spatial = (
+                check_gaussian(file["mu_s"], file["sigma_s"], f"{path} (spatial):")
+                if {"mu_s", "sigma_s"} <= keys
+                else (None, None)
+            )
+            features = torch.from_numpy(file["features"]) if "features" in keys else None
+            note = json.loads(str(file[NOTE])) if NOTE in keys else {}
+    except DiffFitError:
+        raise
+    except FileNotFoundError as error:
+        raise DiffFitError(f"{path} does not exist") from error
+    except Exception as error:  # NumPy raises a different kind for each sort of damage
+        raise DiffFitError(f"{path} cannot be read as statistics: {error}") from error
+    size = note.get("size")
+    return Statistics(
+        count=note.get("count", 0),
+        mean=mean,
+        covariance=covariance,
+        spatial_mean=spatial[0],
+        spatial_covariance=spatial[1],
+        features=features,
+        identity=note.get("identity"),
+        fingerprint=note.get("fingerprint"),
+        size=tuple(size) if size else None,
+        note=note,
+    )
