@@ -186,10 +186,14 @@ def test_loader_workers_change_nothing(moments, workers):
 # ---------------------------------------------------------------- kills, processes, repeats
 
 
-def _command(arguments):
+def _command(arguments, pause=0.0):
+    """The command line of an extraction that rests for ``pause`` seconds before each shard."""
     code = (
-        "import argparse, sys\n"
+        "import argparse, sys, time\n"
         "from difffit_fast.cli import extract\n"
+        "from difffit_fast.data import extract as work\n"
+        "write = work.write_shard\n"
+        f"work.write_shard = lambda *args: (time.sleep({pause}), write(*args))\n"
         "if __name__ == '__main__':\n"
         "    parser = argparse.ArgumentParser(); extract.add_arguments(parser)\n"
         "    sys.exit(extract.run(parser.parse_args()))\n"
@@ -205,7 +209,7 @@ def test_killed_at_any_time_and_resumed_it_leaves_the_same_bytes(images, moments
     out = tmp_path / "killed"
     arguments = _arguments(images, out, vae_folder)
     process = subprocess.Popen(
-        _command(arguments), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        _command(arguments, pause=0.3), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
