@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -94,8 +93,9 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
 
 def compiled(arch: int, call: Callable[[], Any]) -> list[Any]:
     """The kernels that ``call`` would launch on ``arch``, compiled, in order."""
-    from difffit_fast.kernels import adaln, colsum, config, mlp, residual, sums
     from triton.runtime.driver import driver
+
+    from difffit_fast.kernels import adaln, colsum, config, mlp, residual, sums
 
     found: list[Any] = []
 
@@ -189,12 +189,12 @@ def table(
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table as text. Identical rows (the second stage, which every reduction shares) are printed once."""
-    yield (
-        f"{'kernel':<26}{'launcher':<32}{'x/h':<11}{'D':>5}  sm   regs spill shared load store warps /SM  code"
-    )
+    yield (f"{'kernel':<26}{'launcher':<32}{'x/h':<11}{'D':>5}  sm   regs spill shared load store warps /SM  code")
     seen = set()
     for row in rows:
-        key = tuple(row[k] for k in row if k not in ("launcher", "D", "types") or not row["kernel"].startswith("finish"))
+        key = tuple(
+            row[k] for k in row if k not in ("launcher", "D", "types") or not row["kernel"].startswith("finish")
+        )
         if key in seen:
             continue
         seen.add(key)

@@ -16,15 +16,29 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, launch, row_plan
+from .config import architecture, chunks_of, launch, row_plan, vector
 from .sums import finish
-from .tiles import centre, load_tile, load_vector, store_tile, store_vector
+from .tiles import (
+    add,
+    centre,
+    load_rows,
+    load_vector,
+    multiply,
+    multiply_add,
+    norm_backward,
+    scale,
+    store_rows,
+    store_sums,
+    total,
+    widen,
+    zero_rows,
+)
 
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _adaln_forward_kernel(
     x_ptr, a_ptr, c_ptr, h_ptr, mean_ptr, rstd_ptr, eps, T, chunk_rows, chunks,
-    D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * chunk_rows
@@ -34,42 +48,28 @@ def _adaln_forward_kernel(
     h_ptr += token * D
     mean_ptr += token
     rstd_ptr += token
-    a_ptr += sample * D
-    c_ptr += sample * D
-
-    a = load_vector(a_ptr, 0, MAIN, D)
-    c = load_vector(c_ptr, 0, MAIN, D)
-    if TAIL > 0:
-        a_tail = load_vector(a_ptr, MAIN, TAIL, D)
-        c_tail = load_vector(c_ptr, MAIN, TAIL, D)
-
-    for start in range(0, count, ROWS):
+    a = load_vector(a_ptr + sample * D, D, WIDTH)
+    c = load_vector(c_ptr + sample * D, D, WIDTH)
+    next_x = load_rows(x_ptr, tl.arange(0, ROWS), count, D, WIDTH)
+    start = 0
+    while start < count:
         rows = start + tl.arange(0, ROWS)
-        live = rows < count
-        x = load_tile(x_ptr, rows, live, 0, MAIN, D)
-        total = tl.sum(x, axis=1)
-        if TAIL > 0:
-            x_tail = load_tile(x_ptr, rows, live, MAIN, TAIL, D)
-            total += tl.sum(x_tail, axis=1)
-        mean = total / D
-        x = x - mean[:, None]
-        square = tl.sum(x * x, axis=1)
-        if TAIL > 0:
-            x_tail = centre(x_tail, mean, MAIN, TAIL, D)
-            square += tl.sum(x_tail * x_tail, axis=1)
-        rstd = tl.rsqrt(square / D + eps)
-        tl.store(mean_ptr + rows, mean, mask=live)
-        tl.store(rstd_ptr + rows, rstd, mask=live)
-        store_tile(h_ptr, x * rstd[:, None] * a[None, :] + c[None, :], rows, live, 0, MAIN, D)
-        if TAIL > 0:
-            h_tail = x_tail * rstd[:, None] * a_tail[None, :] + c_tail[None, :]
-            store_tile(h_ptr, h_tail, rows, live, MAIN, TAIL, D)
+        x = widen(next_x, D, WIDTH)
+        next_x = load_rows(x_ptr, rows + ROWS, count, D, WIDTH)  # on its way while this row is reduced
+        mean = total(x, D, WIDTH) / D
+        x = centre(x, mean, D, WIDTH)
+        rstd = tl.rsqrt(total(multiply(x, x, D, WIDTH), D, WIDTH) / D + eps)
+        tl.store(mean_ptr + rows[:, None], mean, mask=rows[:, None] < count)
+        tl.store(rstd_ptr + rows[:, None], rstd, mask=rows[:, None] < count)
+        xhat = scale(x, rstd, D, WIDTH)
+        store_rows(h_ptr, multiply_add(xhat, a, c, D, WIDTH), rows, count, D, WIDTH)
+        start += ROWS
 
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _adaln_backward_kernel(
     dh_ptr, x_ptr, a_ptr, mean_ptr, rstd_ptr, dx_ptr, da_ptr, dc_ptr, T, chunk_rows, chunks,
-    D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * chunk_rows
@@ -80,51 +80,29 @@ def _adaln_backward_kernel(
     dx_ptr += token * D
     mean_ptr += token
     rstd_ptr += token
-    a_ptr += sample * D
-
-    a = load_vector(a_ptr, 0, MAIN, D)
-    da = tl.zeros([MAIN], dtype=tl.float32)
-    dc = tl.zeros([MAIN], dtype=tl.float32)
-    if TAIL > 0:
-        a_tail = load_vector(a_ptr, MAIN, TAIL, D)
-        # The tail's rows are spread over the warps: its sums stay two-dimensional until the end.
-        da_tail = tl.zeros([ROWS, TAIL], dtype=tl.float32)
-        dc_tail = tl.zeros([ROWS, TAIL], dtype=tl.float32)
-
-    for start in range(0, count, ROWS):
+    a = load_vector(a_ptr + sample * D, D, WIDTH)
+    da = zero_rows(D, ROWS, WIDTH)
+    dc = zero_rows(D, ROWS, WIDTH)
+    next_dh = load_rows(dh_ptr, tl.arange(0, ROWS), count, D, WIDTH)
+    next_x = load_rows(x_ptr, tl.arange(0, ROWS), count, D, WIDTH)
+    start = 0
+    while start < count:
         rows = start + tl.arange(0, ROWS)
-        live = rows < count
-        mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-        dh = load_tile(dh_ptr, rows, live, 0, MAIN, D)
-        xhat = (load_tile(x_ptr, rows, live, 0, MAIN, D) - mean[:, None]) * rstd[:, None]
-        w = dh * a[None, :]
-        sum_w = tl.sum(w, axis=1)
-        sum_wx = tl.sum(w * xhat, axis=1)
-        da += tl.sum(dh * xhat, axis=0)
-        dc += tl.sum(dh, axis=0)
-        if TAIL > 0:
-            dh_tail = load_tile(dh_ptr, rows, live, MAIN, TAIL, D)
-            xhat_tail = (load_tile(x_ptr, rows, live, MAIN, TAIL, D) - mean[:, None]) * rstd[:, None]
-            w_tail = dh_tail * a_tail[None, :]
-            sum_w += tl.sum(w_tail, axis=1)
-            sum_wx += tl.sum(w_tail * xhat_tail, axis=1)
-            da_tail += dh_tail * xhat_tail
-            dc_tail += dh_tail
-        mean_w = sum_w / D
-        mean_wx = sum_wx / D
-        dx = (w - mean_w[:, None] - xhat * mean_wx[:, None]) * rstd[:, None]
-        store_tile(dx_ptr, dx, rows, live, 0, MAIN, D)
-        if TAIL > 0:
-            dx_tail = (w_tail - mean_w[:, None] - xhat_tail * mean_wx[:, None]) * rstd[:, None]
-            store_tile(dx_ptr, dx_tail, rows, live, MAIN, TAIL, D)
-
+        dh = widen(next_dh, D, WIDTH)
+        x = widen(next_x, D, WIDTH)
+        next_dh = load_rows(dh_ptr, rows + ROWS, count, D, WIDTH)  # on their way while this row is reduced
+        next_x = load_rows(x_ptr, rows + ROWS, count, D, WIDTH)
+        mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)[:, None]
+        xhat = scale(centre(x, mean, D, WIDTH), rstd, D, WIDTH)
+        da = multiply_add(dh, xhat, da, D, WIDTH)
+        dc = add(dc, dh, D, WIDTH)
+        dx = norm_backward(multiply(dh, a, D, WIDTH), xhat, rstd, D, WIDTH)
+        store_rows(dx_ptr, dx, rows, count, D, WIDTH)
+        start += ROWS
     part = tl.program_id(0).to(tl.int64) * D
-    store_vector(da_ptr + part, da, 0, MAIN, D)
-    store_vector(dc_ptr + part, dc, 0, MAIN, D)
-    if TAIL > 0:
-        store_vector(da_ptr + part, tl.sum(da_tail, axis=0), MAIN, TAIL, D)
-        store_vector(dc_ptr + part, tl.sum(dc_tail, axis=0), MAIN, TAIL, D)
+    store_sums(da_ptr + part, da, D, WIDTH)
+    store_sums(dc_ptr + part, dc, D, WIDTH)
 
 
 def adaln_forward(
@@ -140,11 +118,11 @@ def adaln_forward(
         return h, x.new_zeros((B, T), dtype=torch.float32), x.new_zeros((B, T), dtype=torch.float32)
     mean = torch.empty((B, T), dtype=torch.float32, device=x.device)
     rstd = torch.empty((B, T), dtype=torch.float32, device=x.device)
-    plan = row_plan(architecture(x.device), D, backward=False)
+    plan = row_plan("adaln_forward", architecture(x.device), D, vector(x, h))
     chunk_rows, chunks = chunks_of(T, plan, B)
     launch(
         _adaln_forward_kernel, B * chunks, x.device, x, a, c, h, mean, rstd, eps, T, chunk_rows, chunks,
-        D=D, ROWS=plan.rows, MAIN=plan.cols, TAIL=plan.tail, num_warps=plan.warps,
+        D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return h, mean, rstd
 
@@ -160,12 +138,12 @@ def adaln_backward(
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, x.new_zeros((B, D), dtype=torch.float32), x.new_zeros((B, D), dtype=torch.float32)
-    plan = row_plan(architecture(x.device), D, backward=True)
+    plan = row_plan("adaln_backward", architecture(x.device), D, vector(x, dh))
     chunk_rows, chunks = chunks_of(T, plan, B)
     da = torch.empty((B, chunks, D), dtype=torch.float32, device=x.device)
     dc = torch.empty((B, chunks, D), dtype=torch.float32, device=x.device)
     launch(
         _adaln_backward_kernel, B * chunks, x.device, dh, x, a, mean, rstd, dx, da, dc, T, chunk_rows, chunks,
-        D=D, ROWS=plan.rows, MAIN=plan.cols, TAIL=plan.tail, num_warps=plan.warps,
+        D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return dx, *finish(da, dc)

@@ -21,14 +21,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, launch, tile_plan
+from .config import architecture, chunks_of, launch, tile_plan, vector
 from .sums import FINISH_CHUNKS, FINISH_COLS, FINISH_WARPS, add_chunks, finish
+from .tiles import load_stack, store_stack
 
 
 @triton.jit(do_not_specialize=["M", "chunk_rows"])
 def _colsum_kernel(
     x_ptr, out_ptr, M, chunk_rows,
-    STRIDE: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STRIDE: tl.constexpr, N: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (N + COLS - 1) // COLS
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
@@ -36,19 +37,21 @@ def _colsum_kernel(
     first = chunk * chunk_rows
     count = tl.minimum(M - first, chunk_rows).to(tl.int32)
     inside = cols < N
-    acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for start in range(0, count, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < count)[:, None] & inside[None, :]
-        at = first * STRIDE + (rows[:, None] * STRIDE + cols[None, :])
-        acc += tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.zeros([SUB, COLS], dtype=tl.float32)
+    x_ptr += first * STRIDE
+    start = 0
+    while start < count:
+        x = load_stack(x_ptr, start, count, cols, inside, STRIDE, SUB, COUNT)
+        for i in tl.static_range(COUNT):
+            acc += x[i]
+        start += SUB * COUNT
     tl.store(out_ptr + (chunk * N + cols), tl.sum(acc, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "chunk_rows"])
 def _qkv_scale_kernel(
     qkv_ptr, gamma_ptr, bias_ptr, M, chunk_rows,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = 3 * D
     blocks: tl.constexpr = (N + COLS - 1) // COLS
@@ -58,19 +61,21 @@ def _qkv_scale_kernel(
     inside = cols < N
     gamma = tl.load(gamma_ptr + cols, mask=inside, other=0.0)
     bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0)
-    for start in range(0, count, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < count)[:, None] & inside[None, :]
-        at = first * N + (rows[:, None] * N + cols[None, :])
-        z = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        qkv = (z + bias[None, :]) * gamma[None, :]
-        tl.store(qkv_ptr + at, qkv.to(qkv_ptr.dtype.element_ty), mask=mask)
+    qkv_ptr += first * N
+    start = 0
+    while start < count:
+        z = load_stack(qkv_ptr, start, count, cols, inside, N, SUB, COUNT)
+        qkv = ()
+        for i in tl.static_range(COUNT):
+            qkv = qkv + ((z[i] + bias[None, :]) * gamma[None, :],)
+        store_stack(qkv_ptr, qkv, start, count, cols, inside, N, SUB, COUNT)
+        start += SUB * COUNT
 
 
 @triton.jit(do_not_specialize=["M", "chunk_rows", "chunks"])
 def _qkv_backward_kernel(
     dqkv_ptr, qkv_ptr, gamma_ptr, dz_ptr, grad_ptr, product_ptr, M, chunk_rows, chunks,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = 3 * D
     blocks: tl.constexpr = (N + COLS - 1) // COLS
@@ -81,17 +86,22 @@ def _qkv_backward_kernel(
     inside = cols < N
     needed = (cols < D) | (cols >= 2 * D)  # the key third's product is the query third's
     gamma = tl.load(gamma_ptr + cols, mask=inside, other=0.0)
-    grad = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    product = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for start in range(0, count, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < count)[:, None] & inside[None, :]
-        at = first * N + (rows[:, None] * N + cols[None, :])
-        dqkv = tl.load(dqkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        qkv = tl.load(qkv_ptr + at, mask=mask & needed[None, :], other=0.0).to(tl.float32)
-        grad += dqkv
-        product += dqkv * qkv
-        tl.store(dz_ptr + at, (dqkv * gamma[None, :]).to(dz_ptr.dtype.element_ty), mask=mask)
+    grad = tl.zeros([SUB, COLS], dtype=tl.float32)
+    product = tl.zeros([SUB, COLS], dtype=tl.float32)
+    dqkv_ptr += first * N
+    qkv_ptr += first * N
+    dz_ptr += first * N
+    start = 0
+    while start < count:
+        dqkv = load_stack(dqkv_ptr, start, count, cols, inside, N, SUB, COUNT)
+        qkv = load_stack(qkv_ptr, start, count, cols, inside & needed, N, SUB, COUNT)
+        dz = ()
+        for i in tl.static_range(COUNT):
+            grad += dqkv[i]
+            product += dqkv[i] * qkv[i]
+            dz = dz + (dqkv[i] * gamma[None, :],)
+        store_stack(dz_ptr, dz, start, count, cols, inside, N, SUB, COUNT)
+        start += SUB * COUNT
     tl.store(grad_ptr + (chunk * D + cols), tl.sum(grad, axis=0), mask=cols < D)
     tl.store(product_ptr + (chunk * N + cols), tl.sum(product, axis=0), mask=inside & needed)
 
@@ -122,13 +132,13 @@ def _sum_rows(x: torch.Tensor, N: int) -> torch.Tensor:
     M, stride = x.shape
     if M * N == 0:
         return x.new_zeros((N,), dtype=torch.float32)
-    plan = tile_plan(architecture(x.device))
+    plan = tile_plan(architecture(x.device), vector(x))
     blocks = -(-N // plan.cols)
     chunk_rows, chunks = chunks_of(M, plan, blocks)
     parts = torch.empty((1, chunks, N), dtype=torch.float32, device=x.device)
     launch(
         _colsum_kernel, chunks * blocks, x.device, x, parts, M, chunk_rows,
-        STRIDE=stride, N=N, ROWS=plan.rows, COLS=plan.cols, num_warps=plan.warps,
+        STRIDE=stride, N=N, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return finish(parts)[0].view(N)
 
@@ -143,12 +153,12 @@ def qkv_scale(qkv: torch.Tensor, gamma: torch.Tensor, bias_q: torch.Tensor) -> N
     M, N = qkv.shape
     if M * N == 0:
         return
-    plan = tile_plan(architecture(qkv.device))
+    plan = tile_plan(architecture(qkv.device), vector(qkv))
     blocks = -(-N // plan.cols)
     chunk_rows, chunks = chunks_of(M, plan, blocks)
     launch(
         _qkv_scale_kernel, chunks * blocks, qkv.device, qkv, gamma, bias_q, M, chunk_rows,
-        D=N // 3, ROWS=plan.rows, COLS=plan.cols, num_warps=plan.warps,
+        D=N // 3, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
 
 
@@ -170,7 +180,7 @@ def qkv_backward(
     dz = torch.empty_like(dqkv)
     if M * N == 0:
         return dz, dqkv.new_zeros((D,), dtype=torch.float32), dqkv.new_zeros((N,), dtype=torch.float32)
-    plan = tile_plan(architecture(dqkv.device))
+    plan = tile_plan(architecture(dqkv.device), vector(dqkv))
     blocks = -(-N // plan.cols)
     chunk_rows, chunks = chunks_of(M, plan, blocks)
     grad = torch.empty((chunks, D), dtype=torch.float32, device=dqkv.device)
@@ -179,7 +189,7 @@ def qkv_backward(
     dgamma = torch.empty((N,), dtype=torch.float32, device=dqkv.device)
     launch(
         _qkv_backward_kernel, chunks * blocks, dqkv.device, dqkv, qkv, gamma, dz, grad, product, M, chunk_rows, chunks,
-        D=D, ROWS=plan.rows, COLS=plan.cols, num_warps=plan.warps,
+        D=D, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     launch(
         _qkv_finish_kernel, -(-D // FINISH_COLS), dqkv.device, grad, product, gamma, dbias_q, dgamma, chunks,

@@ -12,90 +12,96 @@ added up in the same order on every device of an architecture, and nothing is tu
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 
 class Plan(NamedTuple):
-    """How one launch is cut. ``tail`` is 0 for tile kernels and for widths that are a power of two."""
+    """How one launch is cut."""
 
-    rows: int  # rows in flight per program
-    cols: int  # columns of a tile; of a row kernel, the largest power of two within D
-    tail: int  # the rest of the row, rounded up to a power of two
+    rows: int  # rows of one tile
+    cols: int  # columns of one tile (of a row kernel: the width of a piece)
+    stack: int  # tiles of a tile kernel in flight at once
     warps: int
     programs: int  # programs wanted: about what the device keeps resident, so that one wave does most shapes
 
 
-# Multiprocessors of the device each architecture is tuned for: A100, H100/H200, B200, RTX 5090.
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+# Architectures, and the multiprocessors of the device each is tuned for: A100, H100/H200, B200, RTX 5090. Triton's
+# interpreter on the CPU, where every call costs and no element does, counts as one more.
+INTERPRETER = 0
+_MULTIPROCESSORS = {INTERPRETER: 1, 80: 108, 90: 132, 100: 148, 120: 170}
 
-# Row kernels. Widths up to D use the row: tokens in flight in a forward and in a backward program, warps per program,
-# and programs per multiprocessor, forward and backward. A warp covers 256 columns of bfloat16 in 16-byte accesses, so
-# with warps = (largest power of two in D) / 256 every thread owns its columns for all tokens and sums over tokens need
-# no exchange. Backward programs are fewer: each one leaves partial sums in memory.
+# Row kernels. Widths up to D take the first line that holds them: rows at once, columns of a piece of a row, and programs
+# per multiprocessor for the four kernels, about what registers allow; the backward ones are held lower where that many
+# would leave too many partial sums. Of DiT's widths, 384, 768 and 1024 are whole pieces; 1152 = 2 × 512 + 128, where three
+# warps of four sit out the last piece. While one row is reduced the next is loaded, so one row at once is enough, and its
+# pieces lie over the threads alike whatever their type.
 _ROWS = {
-    #  sm   D ≤   rows fwd/bwd  warps  programs fwd/bwd
-    (80, 511): (4, 2, 1, 16, 8),
-    (80, 1023): (4, 2, 2, 8, 4),
-    (80, 2047): (4, 2, 4, 4, 2),
-    (80, 4095): (2, 1, 8, 4, 2),
-    (80, 1 << 30): (1, 1, 16, 2, 1),
-    (90, 511): (4, 2, 1, 16, 8),
-    (90, 1023): (4, 2, 2, 8, 4),
-    (90, 2047): (4, 2, 4, 4, 2),
-    (90, 4095): (2, 1, 8, 4, 2),
-    (90, 1 << 30): (1, 1, 16, 2, 1),
-    (100, 511): (4, 2, 1, 16, 8),
-    (100, 1023): (4, 2, 2, 8, 4),
-    (100, 2047): (4, 2, 4, 4, 2),
-    (100, 4095): (2, 1, 8, 4, 2),
-    (100, 1 << 30): (1, 1, 16, 2, 1),
-    (120, 511): (4, 2, 1, 16, 8),
-    (120, 1023): (4, 2, 2, 8, 4),
-    (120, 2047): (4, 2, 4, 4, 2),
-    (120, 4095): (2, 1, 8, 4, 2),
-    (120, 1 << 30): (1, 1, 16, 2, 1),
+    #                 rows  piece  adaln      residual_adaln
+    # sm   D ≤                     fwd bwd    fwd bwd
+    (INTERPRETER, 1 << 30): (16, 128, 4, 4, 4, 4),
+    (80, 512): (1, 128, 16, 8, 16, 8),
+    (80, 896): (1, 256, 16, 6, 8, 4),
+    (80, 2048): (1, 512, 8, 4, 4, 3),
+    (80, 1 << 30): (1, 2048, 2, 1, 1, 1),
+    (90, 512): (1, 128, 16, 8, 16, 8),
+    (90, 896): (1, 256, 16, 6, 8, 4),
+    (90, 2048): (1, 512, 8, 4, 4, 3),
+    (90, 1 << 30): (1, 2048, 2, 1, 1, 1),
+    (100, 512): (1, 128, 16, 8, 16, 8),
+    (100, 896): (1, 256, 16, 6, 8, 4),
+    (100, 2048): (1, 512, 8, 4, 4, 3),
+    (100, 1 << 30): (1, 2048, 2, 1, 1, 1),
+    (120, 512): (1, 128, 16, 8, 16, 8),
+    (120, 896): (1, 256, 16, 6, 8, 4),
+    (120, 2048): (1, 512, 8, 4, 4, 3),
+    (120, 1 << 30): (1, 2048, 2, 1, 1, 1),
 }
+_ROW_KERNELS = ("adaln_forward", "adaln_backward", "residual_adaln_forward", "residual_adaln_backward")
 
-# Tile kernels: rows and columns of a tile, warps, programs per multiprocessor. 128 columns divide the widths of every
-# DiT, 3D and 4D included.
+# Tile kernels: columns, warps, tiles in flight, programs per multiprocessor. 128 columns divide the widths of every DiT,
+# 3D and 4D included; the rows of a tile are as many as the warps cover.
 _TILES = {
-    80: (16, 128, 4, 6),
-    90: (16, 128, 4, 6),
-    100: (16, 128, 4, 6),
-    120: (16, 128, 4, 6),
+    INTERPRETER: (128, 16, 2, 4),
+    80: (128, 4, 4, 6),
+    90: (128, 4, 4, 6),
+    100: (128, 4, 4, 6),
+    120: (128, 4, 4, 6),
 }
-
 
 # Element-wise kernels: elements per program, warps.
-_FLAT = {80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 120: (4096, 4)}
+_FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 120: (4096, 4)}
 
 
-@lru_cache(maxsize=None)
-def row_plan(arch: int, D: int, backward: bool) -> Plan:
-    """Plan of a row kernel of width D on ``arch`` (an entry of :data:`_MULTIPROCESSORS`)."""
+def vector(*tensors: torch.Tensor) -> int:
+    """Elements per thread and access: 16 bytes of the widest type among ``tensors``."""
+    return 16 // max(tensor.element_size() for tensor in tensors)
+
+
+@cache
+def row_plan(kernel: str, arch: int, D: int, vector: int) -> Plan:
+    """Plan of the row kernel ``kernel`` of width D on ``arch`` (an entry of :data:`_MULTIPROCESSORS`)."""
     limit = min(width for sm, width in _ROWS if sm == arch and width >= D)
-    rows_forward, rows_backward, warps, programs_forward, programs_backward = _ROWS[arch, limit]
-    cols = 1 << (D.bit_length() - 1)
-    tail = 0 if cols == D else 1 << (D - cols - 1).bit_length()
-    rows, programs = (rows_backward, programs_backward) if backward else (rows_forward, programs_forward)
-    return Plan(rows, cols, tail, warps, programs * _MULTIPROCESSORS[arch])
+    rows, piece, *programs = _ROWS[arch, limit]
+    piece = max(piece, 32 * vector)
+    wanted = programs[_ROW_KERNELS.index(kernel)] * _MULTIPROCESSORS[arch]
+    return Plan(rows=rows, cols=piece, stack=1, warps=piece // (32 * vector), programs=wanted)
 
 
-@lru_cache(maxsize=None)
-def tile_plan(arch: int) -> Plan:
+@cache
+def tile_plan(arch: int, vector: int) -> Plan:
     """Plan of a tile kernel on ``arch``."""
-    rows, cols, warps, programs = _TILES[arch]
-    return Plan(rows, cols, 0, warps, programs * _MULTIPROCESSORS[arch])
+    cols, warps, stack, programs = _TILES[arch]
+    return Plan(32 * vector * warps // cols, cols, stack, warps, programs * _MULTIPROCESSORS[arch])
 
 
-@lru_cache(maxsize=None)
+@cache
 def flat_plan(arch: int) -> Plan:
     """Plan of an element-wise kernel on ``arch``."""
     cols, warps = _FLAT[arch]
-    return Plan(1, cols, 0, warps, 0)
+    return Plan(1, cols, 1, warps, 0)
 
 
 def chunks_of(rows: int, plan: Plan, copies: int) -> tuple[int, int]:
@@ -104,25 +110,23 @@ def chunks_of(rows: int, plan: Plan, copies: int) -> tuple[int, int]:
     ``copies`` programs share each chunk (samples, or columns of tiles); the chunks are as many as ``plan.programs``
     asks for, at least one.
     """
-    wanted = max(1, min(plan.programs // max(copies, 1), -(-rows // plan.rows)))
-    chunk_rows = -(-rows // (wanted * plan.rows)) * plan.rows
+    step = plan.rows * plan.stack
+    wanted = max(1, min(plan.programs // max(copies, 1), -(-rows // step)))
+    chunk_rows = -(-rows // (wanted * step)) * step
     return chunk_rows, -(-rows // chunk_rows)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_architecture(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     known = [sm for sm in _MULTIPROCESSORS if sm <= 10 * major + minor]
-    return max(known, default=min(_MULTIPROCESSORS))
+    return max(*known, 80)
 
 
 def architecture(device: torch.device) -> int:
-    """The architecture whose plans ``device`` uses: the newest known one that is not newer than the device.
-
-    CPU tensors, which only Triton's interpreter takes, are cut as on Hopper.
-    """
+    """The architecture whose plans ``device`` uses: the newest known one that is not newer than the device."""
     if device.type != "cuda":
-        return 90
+        return INTERPRETER
     return _device_architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -16,17 +16,28 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, flat_plan, launch, tile_plan
+from .config import architecture, chunks_of, flat_plan, launch, tile_plan, vector
 from .sums import finish
+from .tiles import load_stack, narrow, store_stack
 
-_TWO_ROOT_2_PI = tl.constexpr(1.5957691216057308)  # 2·√(2/π)
-_CUBIC = tl.constexpr(0.044715)
+_LINEAR = tl.constexpr(-2.302208198144325)  # −2·√(2/π)·log₂ e
+_CUBIC = tl.constexpr(-0.10294323958002349)  # 0.044715 times that
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _sigma(u):
-    """½·(1 + tanh z(u)), without tanh: e^(−2z) overflows to infinity or 0, and both are right."""
-    return 1.0 / (1.0 + tl.exp(-_TWO_ROOT_2_PI * u * (1.0 + _CUBIC * u * u)))
+def _gelu(u):
+    """u·σ. The exponential overflows to infinity, or vanishes, where u²·u does, and both are right."""
+    return u / (1.0 + tl.exp2(u * (_LINEAR + _CUBIC * (u * u))))
+
+
+@triton.jit
+def _gelu_slope(u):
+    """GELU'(u). Beyond ±10 it is 0 or 1 to the last bit of float32, and u² must not overflow there."""
+    u = tl.minimum(tl.maximum(u, -10.0), 10.0)
+    square = u * u
+    sigma = 1.0 / (1.0 + tl.exp2(u * (_LINEAR + _CUBIC * square)))
+    return sigma * (1.0 - (1.0 - sigma) * (u * _LN_2 * (_LINEAR + 3.0 * _CUBIC * square)))
 
 
 @triton.jit
@@ -35,13 +46,13 @@ def _gelu_forward_kernel(u_ptr, g_ptr, n, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     mask = at < tl.minimum(n - start, BLOCK).to(tl.int32)
     u = tl.load(u_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(g_ptr + start + at, (u * _sigma(u)).to(g_ptr.dtype.element_ty), mask=mask)
+    tl.store(g_ptr + start + at, narrow(_gelu(u), g_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "chunk_rows"])
 def _gelu_backward_kernel(
     dg_ptr, u_ptr, du_ptr, db_ptr, M, chunk_rows,
-    N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    N: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (N + COLS - 1) // COLS
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
@@ -49,20 +60,21 @@ def _gelu_backward_kernel(
     first = chunk * chunk_rows
     count = tl.minimum(M - first, chunk_rows).to(tl.int32)
     inside = cols < N
-    db = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for start in range(0, count, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < count)[:, None] & inside[None, :]
-        at = first * N + (rows[:, None] * N + cols[None, :])
-        dg = tl.load(dg_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        # Beyond ±10 the derivative is 0 or 1 to the last bit of float32; u² must not overflow there.
-        u = tl.minimum(tl.maximum(u, -10.0), 10.0)
-        sigma = _sigma(u)
-        slope = _TWO_ROOT_2_PI * u * (1.0 + 3.0 * _CUBIC * u * u)
-        du = dg * (sigma + sigma * (1.0 - sigma) * slope)
-        db += du
-        tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=mask)
+    db = tl.zeros([SUB, COLS], dtype=tl.float32)
+    dg_ptr += first * N
+    u_ptr += first * N
+    du_ptr += first * N
+    start = 0
+    while start < count:
+        dg = load_stack(dg_ptr, start, count, cols, inside, N, SUB, COUNT)
+        u = load_stack(u_ptr, start, count, cols, inside, N, SUB, COUNT)
+        du = ()
+        for i in tl.static_range(COUNT):
+            du_i = dg[i] * _gelu_slope(u[i])
+            db += du_i
+            du = du + (du_i,)
+        store_stack(du_ptr, du, start, count, cols, inside, N, SUB, COUNT)
+        start += SUB * COUNT
     tl.store(db_ptr + (chunk * N + cols), tl.sum(db, axis=0), mask=inside)
 
 
@@ -83,12 +95,12 @@ def gelu_backward(dg: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torc
     du = torch.empty_like(u)
     if u.numel() == 0:
         return du, u.new_zeros((N,), dtype=torch.float32)
-    plan = tile_plan(architecture(u.device))
+    plan = tile_plan(architecture(u.device), vector(u))
     blocks = -(-N // plan.cols)
     chunk_rows, chunks = chunks_of(M, plan, blocks)
     db = torch.empty((1, chunks, N), dtype=torch.float32, device=u.device)
     launch(
         _gelu_backward_kernel, chunks * blocks, u.device, dg, u, du, db, M, chunk_rows,
-        N=N, ROWS=plan.rows, COLS=plan.cols, num_warps=plan.warps,
+        N=N, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return du, finish(db)[0].view(N)

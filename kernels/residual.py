@@ -21,15 +21,32 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, launch, row_plan, tile_plan
+from .config import architecture, chunks_of, launch, row_plan, tile_plan, vector
 from .sums import finish
-from .tiles import centre, load_tile, load_vector, store_tile, store_vector
+from .tiles import (
+    add,
+    centre,
+    load_rows,
+    load_stack,
+    load_vector,
+    multiply,
+    multiply_add,
+    narrow,
+    norm_backward,
+    scale,
+    store_rows,
+    store_stack,
+    store_sums,
+    total,
+    widen,
+    zero_rows,
+)
 
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _residual_forward_kernel(
     x_ptr, f_ptr, s_ptr, r_ptr, y_ptr, T, chunk_rows, chunks,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (D + COLS - 1) // COLS
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
@@ -41,20 +58,24 @@ def _residual_forward_kernel(
     inside = cols < D
     s = tl.load(s_ptr + (sample * D + cols), mask=inside, other=0.0)
     r = tl.load(r_ptr + (sample * D + cols), mask=inside, other=0.0)
-    for start in range(0, count, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < count)[:, None] & inside[None, :]
-        at = token * D + (rows[:, None] * D + cols[None, :])
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        f = tl.load(f_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        y = x + s[None, :] * f + r[None, :]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    x_ptr += token * D
+    f_ptr += token * D
+    y_ptr += token * D
+    start = 0
+    while start < count:
+        x = load_stack(x_ptr, start, count, cols, inside, D, SUB, COUNT)
+        f = load_stack(f_ptr, start, count, cols, inside, D, SUB, COUNT)
+        y = ()
+        for i in tl.static_range(COUNT):
+            y = y + (x[i] + s[None, :] * f[i] + r[None, :],)
+        store_stack(y_ptr, y, start, count, cols, inside, D, SUB, COUNT)
+        start += SUB * COUNT
 
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _residual_backward_kernel(
     dy_ptr, f_ptr, s_ptr, df_ptr, ds_ptr, dr_ptr, T, chunk_rows, chunks,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (D + COLS - 1) // COLS
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
@@ -65,17 +86,22 @@ def _residual_backward_kernel(
     token = sample * T + first
     inside = cols < D
     s = tl.load(s_ptr + (sample * D + cols), mask=inside, other=0.0)
-    ds = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    dr = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for start in range(0, count, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < count)[:, None] & inside[None, :]
-        at = token * D + (rows[:, None] * D + cols[None, :])
-        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        f = tl.load(f_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        ds += dy * f
-        dr += dy
-        tl.store(df_ptr + at, (s[None, :] * dy).to(df_ptr.dtype.element_ty), mask=mask)
+    ds = tl.zeros([SUB, COLS], dtype=tl.float32)
+    dr = tl.zeros([SUB, COLS], dtype=tl.float32)
+    dy_ptr += token * D
+    f_ptr += token * D
+    df_ptr += token * D
+    start = 0
+    while start < count:
+        dy = load_stack(dy_ptr, start, count, cols, inside, D, SUB, COUNT)
+        f = load_stack(f_ptr, start, count, cols, inside, D, SUB, COUNT)
+        df = ()
+        for i in tl.static_range(COUNT):
+            ds += dy[i] * f[i]
+            dr += dy[i]
+            df = df + (s[None, :] * dy[i],)
+        store_stack(df_ptr, df, start, count, cols, inside, D, SUB, COUNT)
+        start += SUB * COUNT
     part = chunk.to(tl.int64) * D + cols
     tl.store(ds_ptr + part, tl.sum(ds, axis=0), mask=inside)
     tl.store(dr_ptr + part, tl.sum(dr, axis=0), mask=inside)
@@ -84,7 +110,7 @@ def _residual_backward_kernel(
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _residual_adaln_forward_kernel(
     x_ptr, f_ptr, s_ptr, r_ptr, a_ptr, c_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, eps, T, chunk_rows, chunks,
-    D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * chunk_rows
@@ -96,57 +122,39 @@ def _residual_adaln_forward_kernel(
     h_ptr += token * D
     mean_ptr += token
     rstd_ptr += token
-    s_ptr += sample * D
-    r_ptr += sample * D
-    a_ptr += sample * D
-    c_ptr += sample * D
-
-    s = load_vector(s_ptr, 0, MAIN, D)
-    r = load_vector(r_ptr, 0, MAIN, D)
-    a = load_vector(a_ptr, 0, MAIN, D)
-    c = load_vector(c_ptr, 0, MAIN, D)
-    if TAIL > 0:
-        s_tail = load_vector(s_ptr, MAIN, TAIL, D)
-        r_tail = load_vector(r_ptr, MAIN, TAIL, D)
-        a_tail = load_vector(a_ptr, MAIN, TAIL, D)
-        c_tail = load_vector(c_ptr, MAIN, TAIL, D)
-
-    for start in range(0, count, ROWS):
+    s = load_vector(s_ptr + sample * D, D, WIDTH)
+    r = load_vector(r_ptr + sample * D, D, WIDTH)
+    a = load_vector(a_ptr + sample * D, D, WIDTH)
+    c = load_vector(c_ptr + sample * D, D, WIDTH)
+    next_x = load_rows(x_ptr, tl.arange(0, ROWS), count, D, WIDTH)
+    next_f = load_rows(f_ptr, tl.arange(0, ROWS), count, D, WIDTH)
+    start = 0
+    while start < count:
         rows = start + tl.arange(0, ROWS)
-        live = rows < count
-        x = load_tile(x_ptr, rows, live, 0, MAIN, D)
-        f = load_tile(f_ptr, rows, live, 0, MAIN, D)
-        y = x + s[None, :] * f + r[None, :]
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # the statistics are those of y as it is stored
-        store_tile(y_ptr, y, rows, live, 0, MAIN, D)
-        total = tl.sum(y, axis=1)
-        if TAIL > 0:
-            x_tail = load_tile(x_ptr, rows, live, MAIN, TAIL, D)
-            f_tail = load_tile(f_ptr, rows, live, MAIN, TAIL, D)
-            y_tail = x_tail + s_tail[None, :] * f_tail + r_tail[None, :]
-            y_tail = y_tail.to(y_ptr.dtype.element_ty).to(tl.float32)
-            store_tile(y_ptr, y_tail, rows, live, MAIN, TAIL, D)
-            total += tl.sum(y_tail, axis=1)
-        mean = total / D
-        y = y - mean[:, None]
-        square = tl.sum(y * y, axis=1)
-        if TAIL > 0:
-            y_tail = centre(y_tail, mean, MAIN, TAIL, D)
-            square += tl.sum(y_tail * y_tail, axis=1)
-        rstd = tl.rsqrt(square / D + eps)
-        tl.store(mean_ptr + rows, mean, mask=live)
-        tl.store(rstd_ptr + rows, rstd, mask=live)
-        store_tile(h_ptr, y * rstd[:, None] * a[None, :] + c[None, :], rows, live, 0, MAIN, D)
-        if TAIL > 0:
-            h_tail = y_tail * rstd[:, None] * a_tail[None, :] + c_tail[None, :]
-            store_tile(h_ptr, h_tail, rows, live, MAIN, TAIL, D)
+        x = widen(next_x, D, WIDTH)
+        f = widen(next_f, D, WIDTH)
+        next_x = load_rows(x_ptr, rows + ROWS, count, D, WIDTH)  # on their way while this row is reduced
+        next_f = load_rows(f_ptr, rows + ROWS, count, D, WIDTH)
+        y = ()
+        for p in tl.static_range((D + WIDTH - 1) // WIDTH):
+            y_p = x[p] + s[p] * f[p] + r[p]
+            y = y + (narrow(y_p, y_ptr.dtype.element_ty).to(tl.float32),)  # the statistics are those of y as stored
+        store_rows(y_ptr, y, rows, count, D, WIDTH)
+        mean = total(y, D, WIDTH) / D
+        y = centre(y, mean, D, WIDTH)
+        rstd = tl.rsqrt(total(multiply(y, y, D, WIDTH), D, WIDTH) / D + eps)
+        tl.store(mean_ptr + rows[:, None], mean, mask=rows[:, None] < count)
+        tl.store(rstd_ptr + rows[:, None], rstd, mask=rows[:, None] < count)
+        yhat = scale(y, rstd, D, WIDTH)
+        store_rows(h_ptr, multiply_add(yhat, a, c, D, WIDTH), rows, count, D, WIDTH)
+        start += ROWS
 
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _residual_adaln_backward_kernel(
     dh_ptr, dy_ptr, y_ptr, f_ptr, s_ptr, a_ptr, mean_ptr, rstd_ptr,
     dx_ptr, df_ptr, ds_ptr, dr_ptr, da_ptr, dc_ptr, T, chunk_rows, chunks,
-    HAS_DY: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    HAS_DY: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * chunk_rows
@@ -161,84 +169,42 @@ def _residual_adaln_backward_kernel(
     df_ptr += token * D
     mean_ptr += token
     rstd_ptr += token
-    s_ptr += sample * D
-    a_ptr += sample * D
-
-    s = load_vector(s_ptr, 0, MAIN, D)
-    a = load_vector(a_ptr, 0, MAIN, D)
-    ds = tl.zeros([MAIN], dtype=tl.float32)
-    dr = tl.zeros([MAIN], dtype=tl.float32)
-    da = tl.zeros([MAIN], dtype=tl.float32)
-    dc = tl.zeros([MAIN], dtype=tl.float32)
-    if TAIL > 0:
-        s_tail = load_vector(s_ptr, MAIN, TAIL, D)
-        a_tail = load_vector(a_ptr, MAIN, TAIL, D)
-        # The tail's rows are spread over the warps: its sums stay two-dimensional until the end.
-        ds_tail = tl.zeros([ROWS, TAIL], dtype=tl.float32)
-        dr_tail = tl.zeros([ROWS, TAIL], dtype=tl.float32)
-        da_tail = tl.zeros([ROWS, TAIL], dtype=tl.float32)
-        dc_tail = tl.zeros([ROWS, TAIL], dtype=tl.float32)
-
-    for start in range(0, count, ROWS):
+    s = load_vector(s_ptr + sample * D, D, WIDTH)
+    a = load_vector(a_ptr + sample * D, D, WIDTH)
+    ds = zero_rows(D, ROWS, WIDTH)
+    dr = zero_rows(D, ROWS, WIDTH)
+    da = zero_rows(D, ROWS, WIDTH)
+    dc = zero_rows(D, ROWS, WIDTH)
+    next_dh = load_rows(dh_ptr, tl.arange(0, ROWS), count, D, WIDTH)
+    next_y = load_rows(y_ptr, tl.arange(0, ROWS), count, D, WIDTH)
+    start = 0
+    while start < count:
         rows = start + tl.arange(0, ROWS)
-        live = rows < count
-        mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-        # All loads first, so that they are in flight together.
-        dh = load_tile(dh_ptr, rows, live, 0, MAIN, D)
-        y = load_tile(y_ptr, rows, live, 0, MAIN, D)
-        f = load_tile(f_ptr, rows, live, 0, MAIN, D)
+        dh = widen(next_dh, D, WIDTH)
+        y = widen(next_y, D, WIDTH)
+        next_dh = load_rows(dh_ptr, rows + ROWS, count, D, WIDTH)  # on their way while this row is reduced
+        next_y = load_rows(y_ptr, rows + ROWS, count, D, WIDTH)
+        f = load_rows(f_ptr, rows, count, D, WIDTH)  # f and dy are wanted after the reduction only
         if HAS_DY:
-            dy = load_tile(dy_ptr, rows, live, 0, MAIN, D)
-        if TAIL > 0:
-            dh_tail = load_tile(dh_ptr, rows, live, MAIN, TAIL, D)
-            y_tail = load_tile(y_ptr, rows, live, MAIN, TAIL, D)
-            f_tail = load_tile(f_ptr, rows, live, MAIN, TAIL, D)
-            if HAS_DY:
-                dy_tail = load_tile(dy_ptr, rows, live, MAIN, TAIL, D)
-
-        yhat = (y - mean[:, None]) * rstd[:, None]
-        w = dh * a[None, :]
-        sum_w = tl.sum(w, axis=1)
-        sum_wy = tl.sum(w * yhat, axis=1)
-        da += tl.sum(dh * yhat, axis=0)
-        dc += tl.sum(dh, axis=0)
-        if TAIL > 0:
-            yhat_tail = (y_tail - mean[:, None]) * rstd[:, None]
-            w_tail = dh_tail * a_tail[None, :]
-            sum_w += tl.sum(w_tail, axis=1)
-            sum_wy += tl.sum(w_tail * yhat_tail, axis=1)
-            da_tail += dh_tail * yhat_tail
-            dc_tail += dh_tail
-        mean_w = sum_w / D
-        mean_wy = sum_wy / D
-
-        g = (w - mean_w[:, None] - yhat * mean_wy[:, None]) * rstd[:, None]
+            dy = load_rows(dy_ptr, rows, count, D, WIDTH)
+        mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)[:, None]
+        yhat = scale(centre(y, mean, D, WIDTH), rstd, D, WIDTH)
+        da = multiply_add(dh, yhat, da, D, WIDTH)
+        dc = add(dc, dh, D, WIDTH)
+        g = norm_backward(multiply(dh, a, D, WIDTH), yhat, rstd, D, WIDTH)
         if HAS_DY:
-            g += dy
-        ds += tl.sum(g * f, axis=0)
-        dr += tl.sum(g, axis=0)
-        store_tile(dx_ptr, g, rows, live, 0, MAIN, D)
-        store_tile(df_ptr, g * s[None, :], rows, live, 0, MAIN, D)
-        if TAIL > 0:
-            g_tail = (w_tail - mean_w[:, None] - yhat_tail * mean_wy[:, None]) * rstd[:, None]
-            if HAS_DY:
-                g_tail += dy_tail
-            ds_tail += g_tail * f_tail
-            dr_tail += g_tail
-            store_tile(dx_ptr, g_tail, rows, live, MAIN, TAIL, D)
-            store_tile(df_ptr, g_tail * s_tail[None, :], rows, live, MAIN, TAIL, D)
-
+            g = add(g, widen(dy, D, WIDTH), D, WIDTH)
+        ds = multiply_add(g, widen(f, D, WIDTH), ds, D, WIDTH)
+        dr = add(dr, g, D, WIDTH)
+        store_rows(dx_ptr, g, rows, count, D, WIDTH)
+        store_rows(df_ptr, multiply(g, s, D, WIDTH), rows, count, D, WIDTH)
+        start += ROWS
     part = tl.program_id(0).to(tl.int64) * D
-    store_vector(ds_ptr + part, ds, 0, MAIN, D)
-    store_vector(dr_ptr + part, dr, 0, MAIN, D)
-    store_vector(da_ptr + part, da, 0, MAIN, D)
-    store_vector(dc_ptr + part, dc, 0, MAIN, D)
-    if TAIL > 0:
-        store_vector(ds_ptr + part, tl.sum(ds_tail, axis=0), MAIN, TAIL, D)
-        store_vector(dr_ptr + part, tl.sum(dr_tail, axis=0), MAIN, TAIL, D)
-        store_vector(da_ptr + part, tl.sum(da_tail, axis=0), MAIN, TAIL, D)
-        store_vector(dc_ptr + part, tl.sum(dc_tail, axis=0), MAIN, TAIL, D)
+    store_sums(ds_ptr + part, ds, D, WIDTH)
+    store_sums(dr_ptr + part, dr, D, WIDTH)
+    store_sums(da_ptr + part, da, D, WIDTH)
+    store_sums(dc_ptr + part, dc, D, WIDTH)
 
 
 def residual_forward(x: torch.Tensor, f: torch.Tensor, s: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -247,12 +213,12 @@ def residual_forward(x: torch.Tensor, f: torch.Tensor, s: torch.Tensor, r: torch
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    plan = tile_plan(architecture(x.device))
+    plan = tile_plan(architecture(x.device), vector(x, f))
     blocks = -(-D // plan.cols)
     chunk_rows, chunks = chunks_of(T, plan, B * blocks)
     launch(
         _residual_forward_kernel, B * chunks * blocks, x.device, x, f, s, r, y, T, chunk_rows, chunks,
-        D=D, ROWS=plan.rows, COLS=plan.cols, num_warps=plan.warps,
+        D=D, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return y
 
@@ -268,14 +234,14 @@ def residual_backward(
     df = torch.empty_like(f)
     if dy.numel() == 0:
         return df, dy.new_zeros((B, D), dtype=torch.float32), dy.new_zeros((B, D), dtype=torch.float32)
-    plan = tile_plan(architecture(dy.device))
+    plan = tile_plan(architecture(dy.device), vector(dy, f))
     blocks = -(-D // plan.cols)
     chunk_rows, chunks = chunks_of(T, plan, B * blocks)
     ds = torch.empty((B, chunks, D), dtype=torch.float32, device=dy.device)
     dr = torch.empty((B, chunks, D), dtype=torch.float32, device=dy.device)
     launch(
         _residual_backward_kernel, B * chunks * blocks, dy.device, dy, f, s, df, ds, dr, T, chunk_rows, chunks,
-        D=D, ROWS=plan.rows, COLS=plan.cols, num_warps=plan.warps,
+        D=D, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return df, *finish(ds, dr)
 
@@ -295,12 +261,12 @@ def residual_adaln_forward(
         return y, h, x.new_zeros((B, T), dtype=torch.float32), x.new_zeros((B, T), dtype=torch.float32)
     mean = torch.empty((B, T), dtype=torch.float32, device=x.device)
     rstd = torch.empty((B, T), dtype=torch.float32, device=x.device)
-    plan = row_plan(architecture(x.device), D, backward=False)
+    plan = row_plan("residual_adaln_forward", architecture(x.device), D, vector(x, f))
     chunk_rows, chunks = chunks_of(T, plan, B)
     launch(
         _residual_adaln_forward_kernel, B * chunks, x.device, x, f, s, r, a, c, y, h, mean, rstd, eps,
         T, chunk_rows, chunks,
-        D=D, ROWS=plan.rows, MAIN=plan.cols, TAIL=plan.tail, num_warps=plan.warps,
+        D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return y, h, mean, rstd
 
@@ -326,12 +292,12 @@ def residual_adaln_backward(
     df = torch.empty_like(f)
     if y.numel() == 0:
         return dx, df, *(y.new_zeros((B, D), dtype=torch.float32) for _ in range(4))
-    plan = row_plan(architecture(y.device), D, backward=True)
+    plan = row_plan("residual_adaln_backward", architecture(y.device), D, vector(y, f))
     chunk_rows, chunks = chunks_of(T, plan, B)
     sums = [torch.empty((B, chunks, D), dtype=torch.float32, device=y.device) for _ in range(4)]
     launch(
         _residual_adaln_backward_kernel, B * chunks, y.device, dh, dy, y, f, s, a, mean, rstd, dx, df, *sums,
         T, chunk_rows, chunks,
-        HAS_DY=dy is not None, D=D, ROWS=plan.rows, MAIN=plan.cols, TAIL=plan.tail, num_warps=plan.warps,
+        HAS_DY=dy is not None, D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return dx, df, *finish(*sums)

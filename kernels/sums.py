@@ -21,10 +21,12 @@ def add_chunks(part_ptr, first_col, chunks, width, stride, CHUNKS: tl.constexpr,
     """Σ over the chunks of part[chunks, width], rows ``stride`` apart, in columns first_col … first_col + COLS."""
     cols = first_col + tl.arange(0, COLS)
     acc = tl.zeros([CHUNKS, COLS], dtype=tl.float32)
-    for start in range(0, chunks, CHUNKS):
+    start = 0
+    while start < chunks:
         k = start + tl.arange(0, CHUNKS)
         mask = (k < chunks)[:, None] & (cols < width)[None, :]
         acc += tl.load(part_ptr + (k[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
+        start += CHUNKS
     return tl.sum(acc, axis=0)
 
 
