@@ -41,7 +41,7 @@ _MULTIPROCESSORS = {INTERPRETER: 1, 80: 108, 90: 132, 100: 148, 120: 170}
 _ROWS = {
     #                 rows  piece  adaln      residual_adaln
     # sm   D ≤                     fwd bwd    fwd bwd
-    (INTERPRETER, 1 << 30): (16, 128, 4, 4, 4, 4),
+    (INTERPRETER, 1 << 30): (16, 512, 4, 4, 4, 4),
     (80, 512): (1, 128, 16, 8, 16, 8),
     (80, 896): (1, 256, 16, 6, 8, 4),
     (80, 2048): (1, 512, 8, 4, 4, 3),
@@ -64,7 +64,7 @@ _ROW_KERNELS = ("adaln_forward", "adaln_backward", "residual_adaln_forward", "re
 # Tile kernels: columns, warps, tiles in flight, programs per multiprocessor. 128 columns divide the widths of every DiT,
 # 3D and 4D included; the rows of a tile are as many as the warps cover.
 _TILES = {
-    INTERPRETER: (128, 16, 2, 4),
+    INTERPRETER: (512, 64, 2, 4),
     80: (128, 4, 4, 6),
     90: (128, 4, 4, 6),
     100: (128, 4, 4, 6),
