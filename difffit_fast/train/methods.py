@@ -77,12 +77,23 @@ def _base(config: TrainConfig, channels: int, input_size: int, cell: int, num_cl
             stacklevel=4,
         )
         sizes = dict(wanted, input_size=input_size, in_channels=channels, num_classes=num_classes)
-        return DiT_models[config.model or DEFAULT_MODEL](**sizes)
+        base = DiT_models[config.model or DEFAULT_MODEL](**sizes)
+        if config.method != "full":
+            _open_gates(base)
+        return base
     state = load_dit_state_dict(config.ckpt)
     heads = config.model_args.get("num_heads") or _published(config).get("num_heads")
     found = infer_config(state, num_heads=heads)
     _compare(config, found, channels)
     return _adapted(config, state, found, input_size, num_classes, cell)
+
+
+@torch.no_grad()
+def _open_gates(base: DiT) -> None:
+    """A DiT starts as the zero function, which stays one while its weights are frozen: give it some life."""
+    linears = [block.adaLN_modulation[1] for block in base.blocks]
+    for linear in [*linears, base.final_layer.adaLN_modulation[1], base.final_layer.linear]:
+        linear.weight.normal_(std=0.02)
 
 
 def _published(config: TrainConfig) -> dict[str, int]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from .._files import TEMPORARY, beside
 from ..errors import DiffFitError
 from .checkpoint import Checkpoint, CheckpointFolder
 from .config import TrainConfig, read_yaml
 
 CONFIG_FILE = "config.yaml"
+BIRTH_SECONDS = 60
 _RUN = re.compile(r"^(\d{3,})-(.+)$")
 
 
@@ -35,25 +39,42 @@ def run_folders(results_dir: str | os.PathLike[str], model: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def new_run_folder(results_dir: str | os.PathLike[str], model: str) -> Path:
-    """Make the next ``NNN-<model>`` in ``results_dir``.
+def new_run_folder(config: TrainConfig, model: str) -> Path:
+    """Make the next ``NNN-<model>`` in the results folder, its settings in it from the first moment on.
 
     Raises:
         DiffFitError: it cannot be made there.
     """
-    root = Path(results_dir)
+    root = Path(config.results_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(m[1]) for m in map(_RUN.match, os.listdir(root)) if m), default=-1)
-        while True:
-            path = root / f"{number:03d}-{_safe(model)}"
-            try:
-                path.mkdir()
-                return path
-            except FileExistsError:  # another job was quicker
-                number += 1
+        _sweep(root)
+        born = beside(root / _safe(model))
+        born.mkdir()
+        try:
+            config.save(born / CONFIG_FILE)
+            number = 1 + max((int(m[1]) for m in map(_RUN.match, os.listdir(root)) if m), default=-1)
+            while True:
+                path = root / f"{number:03d}-{_safe(model)}"
+                try:
+                    born.rename(path)  # fails where another job was quicker: its folder is not empty
+                    return path
+                except OSError:
+                    if not path.exists():
+                        raise
+                    number += 1
+        finally:
+            shutil.rmtree(born, ignore_errors=True)
     except OSError as error:
         raise DiffFitError(f"cannot make a run folder in --results-dir {root}: {error.strerror or error}") from error
+
+
+def _sweep(root: Path) -> None:
+    """Remove what jobs killed at their birth left, once it is too old to belong to one that is being born."""
+    for name in os.listdir(root):
+        path = root / name
+        if name.startswith(TEMPORARY) and time.time() - path.stat().st_mtime > BIRTH_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _safe(model: str) -> str:
@@ -102,7 +123,7 @@ def _newest_alike(config: TrainConfig, model: str) -> Start:
     for folder in reversed(run_folders(config.results_dir, model)):
         try:
             theirs = read_yaml(folder / CONFIG_FILE)
-        except DiffFitError:  # killed before it wrote its settings
+        except DiffFitError:  # no run of ours
             continue
         if changed := config.differences(theirs):
             others.append(f"{folder} differs in {'; '.join(changed)}")

@@ -175,7 +175,7 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", self.config.keep_checkpoints)
         if self.world.main:
             self.checkpoints.sweep()
-            self.config.save(self.folder / CONFIG_FILE)
+            self.config.save(self.folder / CONFIG_FILE)  # of the newest part of the run
         self.tracker = Tracker(self.folder if self.world.main else None, self.config, self.step, self.total_steps)
         try:
             self._introduce(start)
@@ -193,7 +193,7 @@ class Trainer:
         return TrainResult(self.folder, self.step, delta, loss, self._interrupt.number)
 
     def _open_folder(self, start: Start) -> Path:
-        folder = start.folder or new_run_folder(self.config.results_dir, self.name)
+        folder = start.folder or new_run_folder(self.config, self.name)
         self._lock = RunLock(folder)
         return folder
 
