@@ -29,6 +29,7 @@ from ..errors import DiffFitError
 from ..ops import adaln, attention, frozen_linear, frozen_mlp, frozen_qkv, residual_adaln
 from ..ops._register import frozen_weight_error
 from ..ops.attention import BACKENDS
+from ..ops.gemm import keep_packed
 from .dit import LN_EPS, DiT, check_dit_inputs, sincos_pos_embed, timestep_embedding
 
 
@@ -129,6 +130,8 @@ class FastDiffFitDiT(DiT):
         self.__dict__["_modulation_weight"] = _share_storage([m.weight for m in linears])
         projections = [b.attn.proj.weight for b in self.blocks]
         self.__dict__["_proj_weight"] = _share_storage(projections).view(len(projections), self.hidden_size, -1)
+        block_weights = [w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight)]
+        self.__dict__["_packed"] = keep_packed(block_weights)
         self.__dict__["_frozen"] = [
             (f"{path}.{key}" if path else key, module, key)
             for path, module in self.named_modules()
@@ -140,6 +143,9 @@ class FastDiffFitDiT(DiT):
         super()._apply(fn, recurse)
         self._pack()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_packed"}  # made anew on the other side
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -79,26 +79,30 @@ def _interpreting() -> bool:
 
 def room(device: torch.device, dtype: torch.dtype, has_triton: bool = True, has_cpp: bool = True) -> str:
     """``"reference"``, ``"cpp"`` or ``"triton"`` for a tensor of this device and dtype, or an error that says why not."""
-    mode = kernels_mode()
+    return _room(kernels_mode(), _interpreting(), device.type, dtype, has_triton, has_cpp)
+
+
+@functools.cache
+def _room(mode: str, interpreting: bool, device: str, dtype: torch.dtype, has_triton: bool, has_cpp: bool) -> str:
     if mode == "reference":
         return "reference"
     if mode == "cpp":
-        if device.type != "cpu":
+        if device != "cpu":
             raise DiffFitError(f"DIFFFIT_FAST_KERNELS=cpp has kernels for CPU tensors only; got a tensor on {device}")
         if cpp_ops() is None:
             raise DiffFitError("DIFFFIT_FAST_KERNELS=cpp, but the compiled extension difffit_fast._C is not available")
         return "cpp" if has_cpp and dtype in _CPP_DTYPES else "reference"
     if mode == "triton":
-        if device.type == "cpu" and not _interpreting():
+        if device == "cpu" and not interpreting:
             raise DiffFitError(
                 "DIFFFIT_FAST_KERNELS=triton needs CUDA tensors, or TRITON_INTERPRET=1 for tensors on the CPU"
             )
         if triton_kernels("adaln") is None:
             raise DiffFitError("DIFFFIT_FAST_KERNELS=triton, but triton cannot be imported (pip install triton)")
         return "triton" if has_triton and dtype in _TRITON_DTYPES else "reference"
-    if device.type == "cpu":
+    if device == "cpu":
         return "cpp" if has_cpp and dtype in _CPP_DTYPES and cpp_ops() is not None else "reference"
-    if device.type == "cuda" and has_triton and dtype in _TRITON_DTYPES and triton_kernels("adaln") is not None:
+    if device == "cuda" and has_triton and dtype in _TRITON_DTYPES and triton_kernels("adaln") is not None:
         return "triton"
     return "reference"
 
