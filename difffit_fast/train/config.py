@@ -105,7 +105,7 @@ class TrainConfig:
         values = read_yaml(path) if path is not None else {}
         config = cls.from_dict(values, source=f"{path}" if path is not None else "")
         changes = dict(overrides or {})
-        for one, other in (("epochs", "max_steps"), ("max_steps", "epochs"), ("val_path", "val_fraction")):
+        for one, other in [*RIVALS, *(pair[::-1] for pair in RIVALS)]:
             if changes.get(one) is not None and other not in changes:  # a flag beats its rival in the file, too
                 config = config.replace(**{other: getattr(cls(), other)})
         return config.replace(**changes).validate()
@@ -196,6 +196,9 @@ NOT_STEERING = frozenset({
     "val_every", "sample_every", "num_samples", "num_sampling_steps", "cfg_scale", "num_workers", "tensorboard",
     "wandb", "progress", "dist_timeout", "max_steps", "epochs",
 })  # fmt: skip
+
+# Pairs of which only one can be given.
+RIVALS = (("max_steps", "epochs"), ("val_path", "val_fraction"), ("data_path", "feature_path"))
 
 
 def flag(name: str) -> str:

@@ -75,7 +75,7 @@ class Trainer:
     Args:
         config: the settings; ``settings`` override them.
         model: the model to train, as it is: a FastDiffFitDiT, or any module with ``forward(x, t, y)`` whose trainable
-            parameters require gradients. Built from the settings by default.
+            parameters require gradients. By default, or where this is a name such as "DiT-XL/2", built from the settings.
         data: the training data itself, in place of a path.
         val_data: validation data itself.
 
@@ -90,11 +90,13 @@ class Trainer:
         self,
         config: TrainConfig | None = None,
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | str | None = None,
         data: TrainingData | None = None,
         val_data: TrainingData | None = None,
         **settings: Any,
     ) -> None:
+        if isinstance(model, str):  # the setting of that name
+            settings["model"], model = model, None
         config = (config or TrainConfig()).replace(**settings).validate()
         self.world = World.join(config.device, config.dist_timeout)
         error = None
