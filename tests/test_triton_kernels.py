@@ -37,7 +37,7 @@ CASES = [
     (2, 1, 1152, F32, BF16, "own"),
     (1, 37, 1152, BF16, BF16, "own"),
     (2, 3, 37, F32, F16, "own"),
-    (2, 1, 1152, F32, BF16, "hopper"),
+    (2, 1, 384, F32, BF16, "hopper"),
     (1, 5, 1152, F32, BF16, "hopper, long chunks"),
     (1, 5, 384, BF16, BF16, "hopper, long chunks"),
 ]
