@@ -62,7 +62,7 @@ def test_no_spills_and_wide_loads(rows: list[dict], arch: int) -> None:
     for row in mine:
         assert row["spill"] == 0, row
         assert row["widest_load"] == 128, row
-        assert row["resident"] >= 3, f"too few programs fit on a multiprocessor to hide the latency of memory: {row}"
+        assert row["resident"] >= 2, f"too few programs fit on a multiprocessor to hide the latency of memory: {row}"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
