@@ -35,7 +35,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         cwd=ROOT,
         env={**os.environ, "DIFFFIT_FAST_KERNELS": "auto", **environment},
-        timeout=120,
+        timeout=280,
     )
 
 
