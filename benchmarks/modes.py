@@ -44,15 +44,16 @@ def _randomise(model: nn.Module) -> None:
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02)
 
 
-def _build_model(name: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def _build_model(name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     kind = name.split("-")[0]
-    if kind == "fast":
-        model: nn.Module = FastDiffFitDiT(**config, compute_dtype=None if dtype == torch.float32 else dtype)
-    elif kind == "frozen":
-        model = PlainDiffFitDiT(**config)
-    else:
-        model = DiT(**config)
+    with device:  # on a GPU the initial values of hundreds of millions of parameters take no time
+        if kind == "fast":
+            model: nn.Module = FastDiffFitDiT(**config, compute_dtype=None if dtype == torch.float32 else dtype)
+        elif kind == "frozen":
+            model = PlainDiffFitDiT(**config)
+        else:
+            model = DiT(**config)
     _randomise(model)
     if kind == "lora":
         import peft
@@ -80,7 +81,7 @@ def build_mode(
     name: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device, batch: dict[str, Tensor]
 ) -> Mode:
     """Model, fused AdamW and EMA of the trainables, and a function that does one training step."""
-    model = _build_model(name, config, dtype).to(device).train()
+    model = _build_model(name, config, dtype, device).to(device).train()
     stored = _stored_bytes(model)
     params = [p for p in model.parameters() if p.requires_grad]
     ema = [p.detach().clone() for p in params]

@@ -7,7 +7,7 @@
 Every mode takes the same model, batch, precision and data; a step is forward, backward, fused AdamW and EMA. One step of
 each mode in turn, many rounds, medians with 10th and 90th percentiles. The floor is the same sequence of matrix products
 and attentions, nothing else, with the fastest library call for each shape, interleaved with the modes. Peak memory is
-measured in a process for each mode.
+measured in a process for each mode; with --no-memory, on CUDA, from the allocator while the modes are warmed up.
 """
 
 from __future__ import annotations
@@ -136,16 +136,29 @@ def memory_in_own_process(args: argparse.Namespace, mode: str) -> int | None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     batch = make_batch(args.config, args.batch_size, device)
+    began = time.monotonic()
     built: dict[str, Any] = {}
     failed: dict[str, str] = {}
+    peaks: dict[str, int] = {}
     floors = {kind: Floor(args.config, args.batch_size, dtype, device, kind) for kind in ("full", "frozen")}
     for name in args.modes:
+        if args.seconds and time.monotonic() - began > 0.7 * args.seconds:
+            failed[name] = f"left out: 70 % of --seconds {args.seconds:g} were over"
+            continue
         print(f"building {name} ...", flush=True)
         try:
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             built[name] = build_mode(name, args.config, dtype, device, batch)
             for _ in range(args.warmup):
                 built[name].step()
             synchronize(device)
+            if device.type == "cuda":
+                if not name.endswith("-graph"):  # a graph's own memory is not counted while it is replayed
+                    torch.cuda.reset_peak_memory_stats(device)
+                built[name].step()
+                peaks[name] = torch.cuda.max_memory_allocated(device) - before
         except Exception as error:  # one mode that fails must not lose the others
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             print(f"  {name} failed: {failed[name]}", flush=True)
@@ -158,6 +171,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         floor.step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for r in range(args.steps):
+        if args.seconds and r >= 3 and time.monotonic() - began > args.seconds:
+            break
         print(f"\rround {r + 1}/{args.steps}", end="", flush=True)
         for name, step in steps.items():
             times[name].append(timed(step, device, args.inner))
@@ -169,7 +184,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         modes[name] = {
             "step_ms": step_ms,
             "images_per_second": 1e3 * args.batch_size / step_ms["median"],
-            "peak_memory_bytes": None if args.no_memory else memory_in_own_process(args, name),
+            "peak_memory_bytes": peaks.get(name) if args.no_memory else memory_in_own_process(args, name),
             "trainable_parameters": mode.trainable_parameters,
             "checkpoint_bytes": mode.checkpoint_bytes,
         }
@@ -186,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "image_size": args.image_size,
         "batch_size": args.batch_size,
         "dtype": args.dtype,
-        "steps": args.steps,
+        "steps": len(times["floor:frozen"]),
         "floor": floor | {"calls": floors["frozen"].calls, "spread": {k: spread(times[f"floor:{k}"]) for k in floors}},
         "modes": modes,
         "failed": failed,
@@ -267,6 +282,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=None, help="leave out modes and rounds beyond about that time")
     parser.add_argument("--num-classes", type=int, default=101)
     parser.add_argument("--no-memory", action="store_true", help="skip the processes that measure peak memory")
     parser.add_argument("--json", type=Path, default=None)

@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""The README's table of step times, and all plots, from the files under benchmarks/results/ and from nothing else.
+
+    python benchmarks/plots.py              # rewrite the table between the markers and every plot
+    python benchmarks/plots.py --check      # write nothing; fail if the table is not what the files say
+
+The table stands between the lines <!-- speed:begin --> and <!-- speed:end -->: one row for each ``speed*.json`` that
+``speed.py`` wrote. A plot lies beside the file it shows: ``speed*.png`` and ``ops.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+FULL, FROZEN, OURS = ("full", "full-compile"), ("frozen", "frozen-compile"), ("fast", "fast-compile", "fast-graph")
+COLOURS = {"full": "tab:gray", "frozen": "tab:orange", "lora": "tab:purple", "fast": "tab:blue"}
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+def load(results: Path, pattern: str) -> list[tuple[Path, dict[str, Any]]]:
+    """All result files of this name under ``results``, in the order of their paths."""
+    return [(path, json.loads(path.read_text())) for path in sorted(results.rglob(pattern))]
+
+
+def fastest(modes: dict[str, Any], names: Iterable[str]) -> str | None:
+    present = [n for n in names if n in modes]
+    return min(present, key=lambda n: modes[n]["step_ms"]["median"]) if present else None
+
+
+def speed_table(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
+    """A Markdown table, one row a file: best full fine-tuning, best frozen PyTorch, ours, and their ratios."""
+    if not files:
+        return "Not measured yet: `python benchmarks/speed.py --json benchmarks/results/<device>/speed.json`."
+    head = (
+        "| device | model | best full fine-tuning | best frozen PyTorch | ours | faster than full | than frozen "
+        "| step / floor | peak memory, full → ours | measured |"
+    )
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for path, result in files:
+        modes, ratios = result["modes"], result["ratios"]
+        full, frozen, ours = (fastest(modes, names) for names in (FULL, FROZEN, OURS))
+        memory = _memory(modes, full and [m for m in FULL if m in modes], ours)
+        model = f"{result['model']}, {result['image_size']} px, batch {result['batch_size']}, {result['dtype']}"
+        where = os.path.relpath(path, root).replace(os.sep, "/")
+        cells = [
+            f"{result['device'].split(', ')[0]}, PyTorch {result['torch']}", model,
+            *(_milliseconds(modes, name) for name in (full, frozen, ours)),
+            _ratio(ratios, "vs_best_full"), _ratio(ratios, "vs_best_frozen"),
+            f"{ratios['step_over_floor']:.2f}" if "step_over_floor" in ratios else "",
+            memory, f"[{result['date'][:10]}]({where})",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _milliseconds(modes: dict[str, Any], name: str | None) -> str:
+    return f"{modes[name]['step_ms']['median']:.1f} ms ({name})" if name else ""
+
+
+def _ratio(ratios: dict[str, Any], key: str) -> str:
+    r = ratios.get(key)
+    return f"**{r['ratio']:.2f}×** ({r['round_p10']:.2f}–{r['round_p90']:.2f})" if r else ""
+
+
+def _memory(modes: dict[str, Any], full: list[str] | None, ours: str | None) -> str:
+    theirs = [b for b in (modes[m]["peak_memory_bytes"] for m in full or []) if b]
+    mine = modes[ours]["peak_memory_bytes"] if ours else None
+    return f"{min(theirs) / 2**30:.2f} → {mine / 2**30:.2f} GiB" if theirs and mine else ""
+
+
+def insert(text: str, table: str) -> str:
+    """``text`` with the lines between the markers replaced.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one line {BEGIN} and after it one line {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install difffit_fast[eval]") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    beside = path.with_name(path.stem + ".new" + path.suffix)
+    figure.savefig(beside, dpi=120)
+    os.replace(beside, path)
+    _pyplot().close(figure)
+
+
+def plot_speed(result: dict[str, Any], path: Path) -> None:
+    """Milliseconds of a step in every mode, with the 10th to 90th percentile, and the floor of a frozen step."""
+    plt = _pyplot()
+    names = list(result["modes"])
+    spread = [result["modes"][n]["step_ms"] for n in names]
+    median = [s["median"] for s in spread]
+    error = [
+        [m - s["p10"] for m, s in zip(median, spread, strict=True)],
+        [s["p90"] - m for m, s in zip(median, spread, strict=True)],
+    ]
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.6), layout="constrained")
+    axes.barh(names, median, xerr=error, color=[COLOURS.get(n.split("-")[0], "tab:gray") for n in names], capsize=3)
+    axes.axvline(result["floor"]["frozen_ms"], color="black", linestyle="--", linewidth=1)
+    axes.text(result["floor"]["frozen_ms"], 1.01, " floor", fontsize=8, transform=axes.get_xaxis_transform())
+    for i, m in enumerate(median):
+        axes.text(0, i, f" {m:.1f}", va="center", color="white", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per step")
+    what = f"{result['model']}, {result['image_size']} px, batch {result['batch_size']}, {result['dtype']}"
+    axes.set_title(f"{what}\n{result['device']}, PyTorch {result['torch']}, {result['date'][:10]}", fontsize=9, pad=14)
+    _save(figure, path)
+
+
+def plot_ops(record: dict[str, Any], path: Path) -> None:
+    """For every kernel GB/s over the number of images, at the widest D and first dtype measured; the copy as ceiling."""
+    rows = record["rows"]
+    if not rows:
+        return
+    plt = _pyplot()
+    width, dtype = max(r["D"] for r in rows), rows[0]["dtype"]
+    rows = [r for r in rows if r["D"] == width and r["dtype"] == dtype]
+    kernels = list(dict.fromkeys(r["kernel"] for r in rows))
+    columns = min(4, len(kernels))
+    lines = -(-len(kernels) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(3.4 * columns, 2.7 * lines), squeeze=False, layout="constrained"
+    )
+    for axes, kernel in zip(grid.flat, kernels, strict=False):
+        mine = [r for r in rows if r["kernel"] == kernel]
+        rate, unit = ("tflops", "TFLOP/s") if any(r["tflops"] for r in mine) else ("gbs", "GB/s")
+        for variant in dict.fromkeys(r["variant"] for r in mine):
+            points = sorted((r["B"], r[rate]) for r in mine if r["variant"] == variant)
+            if not any(y for _, y in points):
+                continue
+            style = {"color": "tab:blue", "linewidth": 2} if variant == "ours" else {"linewidth": 1}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=variant, **style)
+        if rate == "gbs":
+            axes.axhline(record["copy_gbs"], color="black", linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_title(kernel, fontsize=9)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=6)
+    for axes in grid.flat[len(kernels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("images", fontsize=8)
+    head = f"{record['device']}, PyTorch {record['torch']}, {record['date'][:10]}: D = {width}, {dtype}; dashed: large copy"
+    figure.suptitle(head, fontsize=9)
+    _save(figure, path)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="fail if the table is out of date; write nothing")
+    args = parser.parse_args(argv)
+    speed = load(args.results, "speed*.json")
+    try:
+        text = args.readme.read_text()
+        new = insert(text, speed_table(speed, args.readme.resolve().parent))
+    except (OSError, ValueError) as error:
+        print(f"{args.readme}: {error}", file=sys.stderr)
+        return 1
+    if args.check:
+        if new != text:
+            print(f"{args.readme}: its table is not what {args.results} says; run python benchmarks/plots.py")
+        return int(new != text)
+    if new != text:
+        beside = args.readme.with_name(args.readme.name + ".new")
+        beside.write_text(new)
+        os.replace(beside, args.readme)
+    for path, result in speed:
+        plot_speed(result, path.with_suffix(".png"))
+    ops = load(args.results, "ops.json")
+    for path, record in ops:
+        plot_ops(record, path.with_suffix(".png"))
+    print(f"{args.readme}: {len(speed)} rows; {len(speed) + len(ops)} plots under {args.results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
