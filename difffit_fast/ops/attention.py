@@ -44,10 +44,26 @@ def softmax_backward(dp: Tensor, p: Tensor, scale: float) -> None:
 
 
 # -- batched products, the CPU's way -------------------------------------------------------------------------------
-def _heads(x: Tensor, parts: int, num_heads: int) -> list[Tensor]:
-    """(T, parts·H·d) -> parts views of (H, T, d)."""
-    t, n = x.shape
-    return list(x.view(t, parts, num_heads, n // (parts * num_heads)).permute(1, 2, 0, 3).unbind(0))
+PROBABILITIES_AT_A_TIME = 2**19  # as many samples as keep the probabilities in a core's cache; many, when they are short
+
+
+def _groups(batch: int, num_heads: int, tokens: int) -> list[slice]:
+    n = max(1, PROBABILITIES_AT_A_TIME // max(1, num_heads * tokens * tokens))
+    return [slice(i, min(i + n, batch)) for i in range(0, batch, n)]
+
+
+def _heads(x: Tensor, parts: int, num_heads: int) -> Tensor:
+    """(n, T, parts·H·d) -> (parts, n·H, T, d); a view for one sample, a copy for several."""
+    n, t, width = x.shape
+    heads = x.view(n, t, parts, num_heads, width // (parts * num_heads)).permute(2, 0, 3, 1, 4)
+    return heads.squeeze(1) if n == 1 else heads.reshape(parts, n * num_heads, t, -1)
+
+
+def _store(into: Tensor, part: int, parts: int, num_heads: int, value: Tensor) -> None:
+    """Write (n·H, T, d) as part ``part`` of (n, T, parts·H·d)."""
+    n, t, width = into.shape
+    view = into.view(n, t, parts, num_heads, width // (parts * num_heads))[:, :, part].transpose(1, 2)
+    view.copy_(value.view(view.shape))
 
 
 def _probabilities(q: Tensor, k: Tensor, out: Tensor | None) -> Tensor:
@@ -62,33 +78,32 @@ def _forward(qkv: Tensor, num_heads: int, keep: bool) -> tuple[Tensor, Tensor]:
     up = widen(qkv)
     o = qkv.new_empty(b, t, n // 3)
     kept = qkv.new_empty(b, num_heads, t, t) if keep else qkv.new_empty(0)
-    for i in range(b):
-        q, k, v = _heads(qkv[i].float() if up else qkv[i], 3, num_heads)
-        p = _probabilities(q, k, kept[i] if keep and not up else None)
+    for s in _groups(b, num_heads, t):
+        q, k, v = _heads(qkv[s].float() if up else qkv[s], 3, num_heads)
+        p = _probabilities(q, k, kept[s].view(-1, t, t) if keep and not up else None)
         if keep and up:
-            kept[i].copy_(p)
-        _heads(o[i], 1, num_heads)[0].copy_(torch.bmm(p, v))
+            kept[s].copy_(p.view(kept[s].shape))
+        _store(o[s], 0, 1, num_heads, torch.bmm(p, v))
     return o, kept
 
 
 def _backward(do: Tensor, qkv: Tensor, kept: Tensor, num_heads: int) -> Tensor:
     qkv, do = qkv.contiguous(), do.contiguous()
-    b, _, n = qkv.shape
+    b, t, n = qkv.shape
     scale, up = 1 / math.sqrt(n // (3 * num_heads)), widen(qkv)
     dqkv = torch.empty_like(qkv)
-    for i in range(b):
-        q, k, v = _heads(qkv[i].float() if up else qkv[i], 3, num_heads)
-        dq, dk, dv = _heads(dqkv[i], 3, num_heads)
-        doi = _heads(do[i].float() if up else do[i], 1, num_heads)[0]
+    for s in _groups(b, num_heads, t):
+        q, k, v = _heads(qkv[s].float() if up else qkv[s], 3, num_heads)
+        (dos,) = _heads(do[s].float() if up else do[s], 1, num_heads)
         if kept.numel():
-            p = kept[i].float() if up else kept[i]
+            p = kept[s].view(-1, t, t).float() if up else kept[s].view(-1, t, t)
         else:
             p = _probabilities(q, k, None)
-        dv.copy_(torch.bmm(p.transpose(1, 2), doi))
-        ds = torch.bmm(doi, v.transpose(1, 2))
+        _store(dqkv[s], 2, 3, num_heads, torch.bmm(p.transpose(1, 2), dos))
+        ds = torch.bmm(dos, v.transpose(1, 2))
         pick("attention", softmax_backward, ds, has_triton=False)(ds, p, scale)
-        dq.copy_(torch.bmm(ds, k))
-        dk.copy_(torch.bmm(ds.transpose(1, 2), q))
+        _store(dqkv[s], 0, 3, num_heads, torch.bmm(ds, k))
+        _store(dqkv[s], 1, 3, num_heads, torch.bmm(ds.transpose(1, 2), q))
     return dqkv
 
 
