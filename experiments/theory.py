@@ -356,8 +356,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
             plt.Line2D([], [], color="0.6"),
         ],
         [*COLOURS, "W orthogonal", "W Gaussian", "hollow: random noise", "worst noise, in theory"],
-        fontsize=8,
-        loc="lower left",
+        fontsize=7.5,
+        loc="upper right",
+        framealpha=1,
     )
 
     levels = report["config"]["timesteps"]
@@ -391,7 +392,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     right.set(xscale="log", xlim=(summary["exact"]["mean"] / 3, 8 * max(summary[name]["max"] for name in names)))
     right.axvline(summary["exact"]["mean"], color="#d1495b", linewidth=1.2, linestyle="--")
     right.set(title="What the tuned model samples")
-    right.set_xlabel("Fréchet distance to P     (dashed: exact model of P, 1000 DDIM steps)")
+    right.set_xlabel("Fréchet distance to P  (dashed: exact model of P)")
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
