@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ._register import check_frozen, register, wide
-from .colsum import colsum
-from .dispatch import pick
+from .colsum import column_sum
 from .gemm import check_operands, dgrad, linear
 
 
@@ -29,7 +28,7 @@ def _backward(dy: Tensor, weight: Tensor, need_dx: bool, need_db: bool) -> tuple
     n, k = weight.shape
     dy2 = dy.reshape(-1, n).contiguous()
     dx = dgrad(dy2, weight).view(*dy.shape[:-1], k) if need_dx else dy.new_empty(0)
-    db = pick("colsum", colsum, dy2)(dy2) if need_db else dy.new_empty(0, dtype=wide(dy.dtype))
+    db = column_sum(dy2) if need_db else dy.new_empty(0, dtype=wide(dy.dtype))
     return dx, db
 
 
