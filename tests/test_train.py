@@ -305,6 +305,22 @@ def test_methods_and_objectives(images: Path, tmp_path: Path, method: str, objec
         assert torch.equal(state["blocks.0.attn.qkv.weight"], trainer.ema.tensors["blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.parametrize(("method", "options"), [("lora", {"rank": 2}), ("adapter", {}), ("difffit", {"gamma_blocks": 1})])
+def test_baselines_train_and_their_files_load(images: Path, tmp_path: Path, method: str, options: dict) -> None:
+    if method == "lora":
+        pytest.importorskip("peft")
+    trainer, result = train(images, tmp_path, method=method, method_args=options, max_steps=2, ckpt_every=1)
+    again, resumed = train(images, tmp_path, method=method, method_args=options, max_steps=3, resume="auto")
+    assert resumed.folder == result.folder and resumed.step == 3
+    if method != "difffit":
+        from difffit_fast.baselines import load_trainables
+
+        assert load_trainables(again.model, resumed.delta).get("method_options") == (options or None)
+    for name, p in trainer.model.named_parameters():
+        if p.requires_grad and "lora_B" in name:
+            assert p.abs().sum() > 0
+
+
 def test_own_model_and_data(images: Path, tmp_path: Path) -> None:
     model, data = tiny(), ImageFolder(images, 16)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -57,7 +57,7 @@ class TrainConfig:
     model_args: dict = _option({}, "sizes other than the model's, e.g. depth=2 hidden_size=64 num_heads=2")
     ckpt: str | None = _option(None, "pre-trained DiT or SiT checkpoint (default: random weights, for trying out)")
     method: str = _option("difffit", "difffit, bitfit, full, lora, or another of difffit_fast.baselines")
-    method_args: dict = _option({}, "options of the method, e.g. rank=16")
+    method_args: dict = _option({}, "options of the method, e.g. rank=16, or gamma_blocks=4 for difffit")
     difffit: str = _option("paper", "what DiffFit trains: paper, minimax, block, bitfit")
     class_dropout_prob: float = _option(0.1, "how often a label is dropped, for classifier-free guidance")
     objective: str = _option("ddpm", "ddpm (DiT: noise and learned variance) or flow (SiT)", ("ddpm", "flow"))

@@ -144,30 +144,17 @@ def _adapted(
 
 
 def _with_method(base: DiT, config: TrainConfig, dtype: torch.dtype) -> nn.Module:
-    if config.method in ("difffit", "bitfit"):
-        from ..models.fast_dit import FastDiffFitDiT
-
-        if config.method_args:
-            raise DiffFitError(f"--method {config.method} has no --method-args; --difffit chooses what is trained")
-        preset = "bitfit" if config.method == "bitfit" else config.difffit
-        model = FastDiffFitDiT.from_dit(base, difffit=preset, compute_dtype=None if dtype == torch.float32 else dtype)
-        model.pos_embed_scale = base.__dict__.get("pos_embed_scale", 1.0)
-        return model
-    if config.method == "full":
-        if config.method_args:
-            raise DiffFitError("--method full has no --method-args")
-        return base
-    return _baseline(base, config)
-
-
-def _baseline(base: DiT, config: TrainConfig) -> nn.Module:
     from .. import baselines
 
-    if not hasattr(baselines, "apply"):
-        raise DiffFitError(f"--method must be difffit, bitfit or full; got {config.method!r}")
-    base.requires_grad_(False)
+    if config.method == "full" and not config.method_args:
+        return base
+    options = dict(config.method_args)
+    if config.method in ("difffit", "bitfit"):
+        options["compute_dtype"] = None if dtype == torch.float32 else dtype
+    if config.method == "difffit":
+        options.setdefault("difffit", config.difffit)
     try:
-        return baselines.apply(config.method, base, **config.method_args)
+        return baselines.apply(config.method, base, **options)
     except TypeError as error:
         raise DiffFitError(f"--method-args do not fit --method {config.method}: {error}") from error
 

@@ -361,6 +361,7 @@ class Trainer:
         metadata = {
             "class_names": self.class_names, "step": step, "image_size": config.image_size, "vae": config.vae,
             "objective": config.objective, "method": config.method, "architecture": self.name,
+            "method_options": config.method_args or None,
         }  # fmt: skip
         info = {
             "position": self.position, "updates": self.ema.updates, "window": self._window, "generators": generators,
