@@ -39,6 +39,7 @@ PARTS = {
     "_log": "log",
     "_save": "checkpoint",
 }
+WARM_UP = 5
 NOT_OVERHEAD = ("_forward", "_backward", "_update")
 
 
@@ -139,7 +140,9 @@ def main() -> None:
             num_workers=args.num_workers, global_batch_size=args.batch_size, max_steps=args.steps, log_every=10,
             ckpt_every=max(20, args.steps // 3), results_dir=str(folder / "results"), progress=False,
         )  # fmt: skip
-        steps = measure(trainer)[5:]  # the first ones warm caches up
+        steps = measure(trainer)[WARM_UP:]  # the first ones warm caches up
+    if not steps:
+        raise SystemExit(f"nothing to report: fewer than {WARM_UP + 2} steps were run")
     report = {
         "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "model": args.model, "image_size": args.image_size, "batch_size": args.batch_size,
