@@ -1,5 +1,10 @@
 // The Python module difffit_fast._C. Importing it registers the operations (STABLE_TORCH_LIBRARY in the other files);
 // the module itself only tells how it was built and which instruction set its kernels use on this machine.
+
+// The pybind11 that PyTorch 2.10 brings refuses to be included beside the stable ABI's switches. This file calls nothing of
+// libtorch, so it can do without them.
+#undef TORCH_STABLE_ONLY
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
