@@ -12,13 +12,13 @@
 | ``full`` | everything except the fixed position table | 673,799,072 |
 | ``difffit`` | biases, affine LayerNorm, γ (options ``difffit``, ``gamma_blocks``) | 832,928 |
 | ``bitfit`` | biases | 607,136 |
-| ``lora`` | low-rank updates, of qkv (``targets="qkv"``, the paper's) or of all linear maps (``"all"``); extra ``peft`` | 1,149,696 (rank 8) |
+| ``lora`` | low-rank updates, of qkv (the paper's) or all linear maps (``targets="all"``) | 1,149,696 (rank 8) |
 | ``adapter`` | an AdaptFormer bottleneck in every MLP branch | 4,280,320 |
 | ``vpt`` | prompt tokens before every block (VPT-deep) | 2,827,008 |
 | ``class_embedding`` | nothing | 117,504 |
 
 Every model of :func:`apply` has ``forward(x, t, y)``, ``forward_with_cfg``, ``trainable_parameters()``,
-``named_trainable_parameters()`` and ``num_trainable``; exactly its trainables require gradients.
+``named_trainable_parameters()`` and ``num_trainable``; exactly its trainables require gradients. LoRA needs the extra ``peft``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,343 @@
+"""Tables, plots and the reading of experiments/transfer.py, all of it computed from the stored runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transfer_plan import Results, chosen_multiples, comparison_specs, key_of, make_spec
+
+from difffit_fast._extras import require
+from difffit_fast._files import write_text
+from difffit_fast.errors import DiffFitError
+
+LABELS = {
+    "none": "not fine-tuned", "class_embedding": "class embedding only", "full": "full", "bitfit": "BitFit",
+    "difffit": "DiffFit, γ in the first half", "difffit_all": "DiffFit, γ in all blocks",
+    "difffit_last": "DiffFit, γ in the last half", "lora_qkv": "LoRA, qkv, rank 8", "adapter": "AdaptFormer adapter",
+    "vpt": "VPT-deep",
+}  # fmt: skip
+METRICS = {"frechet": "Fréchet distance", "val_loss": "validation loss"}
+ORDER_CLAIMS = [  # what the paper's Table 1 and its ablation of depth say: the first is better than the second
+    ("difffit", "full"), ("difffit", "bitfit"), ("difffit", "adapter"), ("difffit", "vpt"), ("difffit", "lora_qkv"),
+    ("difffit", "difffit_all"), ("difffit", "difffit_last"),
+]  # fmt: skip
+PAPER_RATES = (10, 1)  # ten times the pre-training rate is better than that rate
+
+
+class Interval(NamedTuple):
+    """Mean and half width of its 95 % confidence interval (Student's t; infinite for a single value)."""
+
+    mean: float
+    half: float
+    n: int
+
+    def __str__(self) -> str:
+        digits = max(0, 2 - math.floor(math.log10(self.half))) if 0 < self.half < math.inf else 3
+        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    n = len(values)
+    if n < 2:
+        return Interval(float(np.mean(values)), math.inf, n)
+    t = require("scipy.stats", "eval", "confidence intervals").t.ppf(0.975, n - 1)
+    return Interval(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), n)
+
+
+def verdict(difference: Interval) -> str:
+    """Of "the first is better", from the interval of first − second; smaller is better."""
+    if not difference.mean + difference.half >= 0:
+        return "holds"
+    return "the reverse" if difference.mean - difference.half > 0 else "undecided"
+
+
+Runs = dict[str, dict[str, dict[int, dict[str, Any]]]]  # set -> method -> seed -> run
+
+
+def compared(plan: dict[str, Any], results: Results) -> Runs:
+    """The stored runs of the comparison."""
+    found: Runs = {image_set: {} for image_set in plan["sets"]}
+    for spec in comparison_specs(plan, chosen_multiples(plan, results)):
+        if run := results.runs.get(key_of(spec)):
+            found[spec["set"]].setdefault(spec["name"], {})[spec["seed"]] = run
+    return found
+
+
+def swept(plan: dict[str, Any], results: Results) -> dict[float, dict[int, dict[str, Any]]]:
+    """Multiple of the pre-training rate -> seed -> run."""
+    found: dict[float, dict[int, dict[str, Any]]] = {}
+    sweep = plan["sweep"]
+    for multiple in sweep["multiples"]:
+        for seed in plan["seeds"]:
+            if run := results.runs.get(key_of(make_spec(plan, sweep["method"], sweep["set"], seed, multiple))):
+                found.setdefault(multiple, {})[seed] = run
+    return found
+
+
+def paired(first: dict[int, dict], second: dict[int, dict], metric: str) -> Interval | None:
+    """Interval of first − second over the seeds that both have."""
+    seeds = sorted(set(first) & set(second))
+    return interval([first[s][metric] - second[s][metric] for s in seeds]) if seeds else None
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def write(plan: dict[str, Any], results: Results, folder: Path, page: Path, samples: Path) -> None:
+    """Everything there is to report: plots and a summary in ``folder``, and the marked part of ``page``."""
+    runs, sweep = compared(plan, results), swept(plan, results)
+    if not any(runs.values()):
+        raise DiffFitError("there are no runs to report yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = {
+        s: {
+            m: {k: interval([r[k] for r in by_seed.values()])._asdict() for k in METRICS}
+            for m, by_seed in found.items()
+        }
+        for s, found in runs.items()
+    }
+    write_text(folder / "transfer.json", json.dumps({"plan": plan, "summary": summary}, indent=1) + "\n")
+    plot_comparison(runs, folder / "transfer.png")
+    if sweep:
+        plot_sweep(plan, sweep, folder / "transfer_lr.png")
+    pictures = plot_samples(plan, runs, samples, folder / "transfer_samples.png")
+    parts = [
+        setting(plan, runs), quality_table(plan, results, runs),
+        f"![Fréchet distance and validation loss of every method]({folder.name}/transfer.png)",
+        cost_table(runs), claims(plan, runs, sweep),
+    ]  # fmt: skip
+    if sweep:
+        parts += [f"![DiffFit against its learning rate]({folder.name}/transfer_lr.png)"]
+    if pictures or (folder / "transfer_samples.png").exists():
+        parts += [f"![Real images and samples]({folder.name}/transfer_samples.png)"]
+    replace_block(page, "transfer", "\n\n".join(parts))
+
+
+def replace_block(page: Path, name: str, text: str) -> None:
+    """Put ``text`` between the markers ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = page.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise DiffFitError(f"{page} must hold {begin} and, after it, {end}, once each")
+    head, rest = old.split(begin)
+    write_text(page, f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def setting(plan: dict[str, Any], runs: Runs) -> str:
+    model, pre, fine, sampling = (plan[k] for k in ("model", "pretrain", "finetune", "sampling"))
+    counts = {s: min((len(r) for r in found.values()), default=0) for s, found in runs.items()}
+    accuracy = {s: next(iter(next(iter(f.values())).values()))["classifier_accuracy"] for s, f in runs.items() if f}
+    real = {
+        s: interval([r["frechet_real"] for r in next(iter(f.values())).values()]).mean for s, f in runs.items() if f
+    }
+    return (
+        f"Model: depth {model['depth']}, width {model['hidden_size']}, patch {model['patch_size']}, float32. "
+        f"Pre-training: {pre['steps']} steps of {pre['batch']} images at a learning rate of {pre['lr']:g}. Fine-tuning: "
+        f"{fine['steps']} steps of {fine['batch']}. Each distance is taken between {sampling['samples']} samples "
+        f"({sampling['steps']} DDIM steps, no guidance, averaged weights) and all real images of the target classes. "
+        + " ".join(
+            f"On {s}, {counts[s]} seeds; the classifier is right on {accuracy[s]:.0%} of its validation images, and two "
+            f"parts of the real images are {real[s]:.2f} apart, which is the floor of the distance."
+            for s in accuracy
+        )
+    )
+
+
+def quality_table(plan: dict[str, Any], results: Results, runs: Runs) -> str:
+    chosen = chosen_multiples(plan, results)
+    rows = []
+    for method in plan["methods"]:
+        cells = [LABELS.get(method, method), f"{chosen[method]:g}×" if method in chosen and method != "none" else "–"]
+        for found in runs.values():
+            for metric in METRICS:
+                by_seed = found.get(method, {})
+                cells.append(str(interval([r[metric] for r in by_seed.values()])) if by_seed else "not run")
+        rows.append(cells)
+    head = ["method", "learning rate", *(f"{s}: {label}" for s in runs for label in METRICS.values())]
+    return "Means over seeds ± half the 95 % confidence interval; smaller is better.\n\n" + table(head, rows)
+
+
+def cost_table(runs: Runs) -> str:
+    image_set, found = next((s, f) for s, f in runs.items() if f)
+    rows = []
+    for method, by_seed in found.items():
+        run = next(iter(by_seed.values()))
+        if method != "none":
+            cpu = float(np.median([r["cpu_ms_per_step"] for r in by_seed.values()]))
+            share = run["trainable"] / (run["total"] if method == "full" else full_size(found, run))
+            cells = [
+                f"{run['trainable']:,}",
+                f"{share:.2%}",
+                f"{run['file_bytes']:,}",
+                f"{run['saved_bytes'] / 1e6:.2f}",
+            ]
+            rows.append([LABELS.get(method, method), *cells, f"{cpu:.0f}"])
+    head = ["method", "trained", "of full", "file, bytes", "kept for backward, MB", "CPU ms per step"]
+    return (
+        f"What it costs ({image_set}). The times are medians of processor time; at this width they are the overhead of "
+        "many small operations and say nothing about real models, for which see [performance](performance.md).\n\n"
+        + table(head, rows)
+    )
+
+
+def full_size(found: dict[str, dict[int, dict]], run: dict[str, Any]) -> int:
+    full = next(iter(found.get("full", {}).values()), None)
+    return full["trainable"] if full else run["total"]
+
+
+def claims(plan: dict[str, Any], runs: Runs, sweep: dict[float, dict[int, dict]]) -> str:
+    """Each claim as a paired difference per set and measure, and what follows from it."""
+    rows, tally = [], {"holds": 0, "the reverse": 0, "undecided": 0}
+
+    def row(text: str, where: str, first: dict[int, dict], second: dict[int, dict]) -> None:
+        cells = []
+        for metric in METRICS:
+            difference = paired(first, second, metric)
+            word = "not run" if difference is None else verdict(difference)
+            cells.append("not run" if difference is None else f"**{word}** ({difference})")
+            if metric == "frechet" and word in tally:
+                tally[word] += 1
+        rows.append([text, where, *cells])
+
+    for first, second in ORDER_CLAIMS:
+        for image_set, found in runs.items():
+            text = f"{LABELS[first] if 'difffit' in second else 'DiffFit'} is better than {LABELS[second]}"
+            row(text, image_set, found.get(first, {}), found.get(second, {}))
+    high, low = PAPER_RATES
+    text = f"DiffFit learns better at {high}× the pre-training rate than at {low}×"
+    row(text, plan["sweep"]["set"], sweep.get(high, {}), sweep.get(low, {}))
+    head = ["claim of the paper", "on", *(f"by {label}" for label in METRICS.values())]
+    lines = [f"By Fréchet distance {sum(tally.values())} comparisons were made: the claim holds in {tally['holds']}, "]
+    lines += [
+        f"the reverse is seen in {tally['the reverse']}, and {tally['undecided']} cannot be decided with these seeds."
+    ]
+    return (
+        "Which claims hold here. Differences are paired by seed (the same pre-trained model, batches and noise); a claim "
+        "*holds* where the whole 95 % interval is on its side, *the reverse* where it is on the other, and is *undecided* "
+        "where the interval contains zero. The intervals are not corrected for their number.\n\n"
+        + table(head, rows) + "\n\n" + "".join(lines) + "\n\n" + reading(runs, sweep)
+    )  # fmt: skip
+
+
+def reading(runs: Runs, sweep: dict[float, dict[int, dict]]) -> str:
+    """Plain sentences: the order of methods on each set, and the best learning rate."""
+    lines = []
+    for image_set, found in runs.items():
+        means = {m: interval([r["frechet"] for r in by_seed.values()]).mean for m, by_seed in found.items()}
+        order = sorted((m for m in means if m != "none"), key=means.__getitem__)
+        if order:
+            lines.append(
+                f"- {image_set}, from the smallest mean distance to the largest: "
+                + ", ".join(f"{LABELS.get(m, m)} ({means[m]:.3g})" for m in order)
+                + (f"; without fine-tuning {means['none']:.3g}." if "none" in means else ".")
+            )
+    if sweep:
+        best = {}
+        for metric, label in METRICS.items():
+            means = {k: interval([r[metric] for r in by_seed.values()]).mean for k, by_seed in sweep.items()}
+            best[label] = min(means, key=means.__getitem__)
+        text = " and ".join(f"by {label} at {multiple:g}×" for label, multiple in best.items())
+        lines.append(f"- In the sweep DiffFit is best {text} the pre-training rate.")
+    return "\n".join(lines)
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+def save_figure(path: Path, draw: Callable[[Any], Any]) -> None:
+    """Let ``draw`` make a figure with pyplot and write it beside ``path``, then rename."""
+    matplotlib = require("matplotlib", "eval", "plots")
+    matplotlib.use("Agg")
+    plt = require("matplotlib.pyplot", "eval", "plots")
+    figure = draw(plt)
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def plot_comparison(runs: Runs, path: Path) -> None:
+    """One row per set, one panel per measure: mean and interval of every method."""
+
+    def draw(plt: Any) -> Any:
+        sets = [s for s, found in runs.items() if found]
+        figure, axes = plt.subplots(len(sets), 2, figsize=(11, 0.6 + 3.3 * len(sets)), squeeze=False, sharey="row")
+        for line, image_set in zip(axes, sets, strict=True):
+            methods = list(runs[image_set])[::-1]
+            for axis, (metric, label) in zip(line, METRICS.items(), strict=True):
+                for i, method in enumerate(methods):
+                    values = [r[metric] for r in runs[image_set][method].values()]
+                    mean, half, _ = interval(values)
+                    color = (
+                        "tab:red" if method.startswith("difffit") else "tab:gray" if method == "none" else "tab:blue"
+                    )
+                    axis.plot(values, [i] * len(values), ".", color=color, alpha=0.35, markersize=5)
+                    axis.errorbar(mean, i, xerr=half if half < math.inf else 0, fmt="o", color=color, capsize=3)
+                axis.set_yticks(range(len(methods)), [LABELS.get(m, m) for m in methods])
+                axis.set_title(f"{image_set}: {label}", fontsize=10)
+                axis.grid(axis="x", alpha=0.3)
+        figure.supxlabel("mean over seeds, 95 % confidence interval, and every seed; smaller is better", fontsize=9)
+        figure.tight_layout()
+        return figure
+
+    save_figure(path, draw)
+
+
+def plot_sweep(plan: dict[str, Any], sweep: dict[float, dict[int, dict]], path: Path) -> None:
+    def draw(plt: Any) -> Any:
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.3))
+        for axis, (metric, label) in zip(axes, METRICS.items(), strict=True):
+            found = [interval([r[metric] for r in by_seed.values()]) for by_seed in sweep.values()]
+            halves = [f.half if f.half < math.inf else 0 for f in found]
+            axis.errorbar(list(sweep), [f.mean for f in found], yerr=halves, fmt="o-", color="tab:red", capsize=3)
+            axis.set_xscale("log")
+            axis.set_xticks(list(sweep), [f"{m:g}×" for m in sweep])
+            axis.minorticks_off()
+            axis.set_xlabel("learning rate, multiples of pre-training's")
+            axis.set_title(f"DiffFit on {plan['sweep']['set']}: {label}", fontsize=10)
+            axis.grid(alpha=0.3)
+        figure.tight_layout()
+        return figure
+
+    save_figure(path, draw)
+
+
+def plot_samples(plan: dict[str, Any], runs: Runs, folder: Path, path: Path) -> bool:
+    """The first samples of some methods; False if none are kept in ``folder`` (they are with the cache)."""
+    rows = []
+    for image_set, found in runs.items():
+        for method in ("real", "none", "full", "bitfit", "difffit"):
+            if method == "real":
+                file = folder / f"{image_set}-real.pt"
+            else:
+                run = next(iter(found.get(method, {}).values()), None)
+                file = folder / f"{run['key'].replace('/', '_')}.pt" if run else folder / "none"
+            if file.exists():
+                label = "real" if method == "real" else LABELS[method]
+                rows.append((f"{image_set}: {label}", torch.load(file, weights_only=True)))
+    if not rows:
+        return False
+
+    def draw(plt: Any) -> Any:
+        figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.72 * len(rows) + 0.2), squeeze=False)
+        for axis, (label, images) in zip(axes[:, 0], rows, strict=True):
+            strip = torch.nn.functional.pad(images[:, 0], (0, 1), value=1).permute(1, 0, 2).flatten(1)
+            axis.imshow(strip, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+            axis.set_title(label, fontsize=8, loc="left", pad=2)
+            axis.axis("off")
+        figure.tight_layout()
+        return figure
+
+    save_figure(path, draw)
+    return True
