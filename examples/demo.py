@@ -49,7 +49,7 @@ def digits(classes: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train_features(steps: int = 400) -> nn.Sequential:
-    """A small classifier of all ten digits; its last hidden layer, before the ReLU, gives the features of the Fréchet distance."""
+    """A small classifier of all ten digits; its last hidden layer (before the ReLU) gives the features."""
     torch.manual_seed(0)
     x, y, x_test, y_test = digits(range(10))
     net = nn.Sequential(

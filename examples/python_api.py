@@ -1,6 +1,6 @@
 """The Python interface in ten lines, for a notebook: your model, your data, train, sample.
 
-    python examples/python_api.py
+python examples/python_api.py
 """
 
 import argparse

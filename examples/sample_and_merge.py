@@ -1,7 +1,7 @@
 """From a base and a delta: sample on the fly, or merge into an ordinary DiT checkpoint that any other tool reads.
 
-    python examples/sample_and_merge.py                                             # makes a toy base and delta first
-    python examples/sample_and_merge.py --ckpt DiT-XL-2-256x256.pt --delta my.safetensors --vae ema
+python examples/sample_and_merge.py                                             # makes a toy base and delta first
+python examples/sample_and_merge.py --ckpt DiT-XL-2-256x256.pt --delta my.safetensors --vae ema
 """
 
 import argparse

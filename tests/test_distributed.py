@@ -54,7 +54,12 @@ def wait_for_lines(folder: Path, count: int, processes: list[Process]) -> None:
 
 
 def words(images: Path, folder: Path, **changes: object) -> list[str]:
-    settings = {"ckpt": images.parent / "base.pt", "data_path": images, "results_dir": folder, "model_args": {"num_heads": 2}}
+    settings = {
+        "ckpt": images.parent / "base.pt",
+        "data_path": images,
+        "results_dir": folder,
+        "model_args": {"num_heads": 2},
+    }
     return ["train", *flags(**{**settings, "ckpt_every": 25, "max_steps": 50, **changes})]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,14 @@ def one_thread() -> None:
 
 
 def settings(images: Path, folder: Path, **changes: object) -> dict:
-    return {**SETTINGS, "data_path": str(images), "results_dir": str(folder), "ckpt_every": 4, "max_steps": 8, **changes}
+    return {
+        **SETTINGS,
+        "data_path": str(images),
+        "results_dir": str(folder),
+        "ckpt_every": 4,
+        "max_steps": 8,
+        **changes,
+    }
 
 
 def train(images: Path, folder: Path, **changes: object):
@@ -291,7 +300,8 @@ def tiny(**kwargs: object) -> FastDiffFitDiT:
 
 
 @pytest.mark.parametrize(
-    ("method", "objective", "counted"), [("full", "ddpm", None), ("bitfit", "flow", "bitfit"), ("difffit", "flow", "paper")]
+    ("method", "objective", "counted"),
+    [("full", "ddpm", None), ("bitfit", "flow", "bitfit"), ("difffit", "flow", "paper")],
 )
 def test_methods_and_objectives(images: Path, tmp_path: Path, method: str, objective: str, counted: str | None) -> None:
     trainer, result = train(images, tmp_path, method=method, objective=objective, max_steps=2)
@@ -305,7 +315,9 @@ def test_methods_and_objectives(images: Path, tmp_path: Path, method: str, objec
         assert torch.equal(state["blocks.0.attn.qkv.weight"], trainer.ema.tensors["blocks.0.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize(("method", "options"), [("lora", {"rank": 2}), ("adapter", {}), ("difffit", {"gamma_blocks": 1})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {"rank": 2}), ("adapter", {}), ("difffit", {"gamma_blocks": 1})]
+)
 def test_baselines_train_and_their_files_load(images: Path, tmp_path: Path, method: str, options: dict) -> None:
     if method == "lora":
         pytest.importorskip("peft")
@@ -343,7 +355,9 @@ def test_from_a_checkpoint_with_other_classes_and_another_size(images: Path, tmp
     with pytest.warns(UserWarning):
         again = Trainer(**config)
     table = "y_embedder.embedding_table.weight"
-    assert torch.equal(trainer.model.state_dict()[table], again.model.state_dict()[table])  # new rows come from the seed
+    assert torch.equal(
+        trainer.model.state_dict()[table], again.model.state_dict()[table]
+    )  # new rows come from the seed
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(images: Path, tmp_path: Path) -> None:
@@ -383,7 +397,9 @@ def test_resume_chooses_the_run_with_the_same_settings(images: Path, tmp_path: P
     assert third.folder == first.folder and third.step == 6
     assert "Resumed from step 4" in (first.folder / "log.txt").read_text()
     assert [m["step"] for m in read_metrics(first.folder)] == [1, 2, 3, 4, 5, 6]
-    _, branch = train(images, tmp_path, max_steps=5, lr=1e-4, resume=str(first.folder / "checkpoints/0000004.safetensors"))
+    _, branch = train(
+        images, tmp_path, max_steps=5, lr=1e-4, resume=str(first.folder / "checkpoints/0000004.safetensors")
+    )
     assert branch.folder.name == "002-DiT-custom" and branch.step == 5  # not over the newer checkpoint
     with pytest.warns(UserWarning, match="finished already"):
         done = Trainer(**settings(images, tmp_path, max_steps=6, resume="auto")).train()
@@ -412,3 +428,15 @@ def test_state_json_names_step_position_and_every_generator(images: Path, tmp_pa
     info = json.loads((result.folder / "checkpoints" / "0000002.state" / "state.json").read_text())
     assert info["step"] == 2 and info["position"] == 16 and info["updates"] == 2
     assert set(info["generators"][0]) >= {"python", "numpy", "torch"}
+
+
+def test_frechet_distance_during_training(images, tmp_path) -> None:
+    """The distance is logged when due, needs a reference, and does not disturb the training."""
+    options = {"fid_samples": 4, "fid_features": "training:tiny_features", "num_sampling_steps": 2, "max_steps": 2}
+    watched = Trainer(**{**SETTINGS, **options}, data_path=str(images), results_dir=str(tmp_path / "a"), fid_every=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # four samples make a singular covariance
+        result = watched.train()
+    assert re.search(r"\(step=0000002\) FD: \d+\.\d+ \(4 samples\)", (result.folder / "log.txt").read_text())
+    plain = Trainer(**{**SETTINGS, **options}, data_path=str(images), results_dir=str(tmp_path / "b")).train()
+    assert plain.delta.read_bytes() == result.delta.read_bytes()

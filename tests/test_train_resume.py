@@ -27,7 +27,13 @@ def run(images: Path, folder: Path, **changes: object) -> Path:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings = {**SETTINGS, "data_path": str(images), "results_dir": str(folder), "ckpt_every": 3, "max_steps": STEPS}
+        settings = {
+            **SETTINGS,
+            "data_path": str(images),
+            "results_dir": str(folder),
+            "ckpt_every": 3,
+            "max_steps": STEPS,
+        }
         return Trainer(**{**settings, "log_every": 2, "resume": "auto", **changes}).train().folder
 
 

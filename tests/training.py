@@ -87,3 +87,10 @@ def _run(words: list[str], log: str, variables: dict[str, str]) -> None:
     code = main(words)
     sys.stdout.flush()
     os._exit(code)
+
+
+def tiny_features(images):
+    """Features for a Fréchet distance that takes no time: means of quarters of the picture."""
+    import torch
+
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)

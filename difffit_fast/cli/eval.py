@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -45,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate as ``args`` say; 0 when done. Raises :class:`DiffFitError` for what the user must mend."""
     from ..evaluate import compare
+    from ..evaluate.features import resolve_features
 
     if args.json and not Path(args.json).parent.is_dir():
         raise DiffFitError(f"the folder of --json does not exist: {Path(args.json).parent}")
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             result = compare(
                 args.samples,
                 args.reference,
-                features=_hook(name),
+                features=resolve_features(name),
                 metrics=_metrics(args.metrics, name) if len(names) > 1 else args.metrics,
                 batch_size=args.batch_size,
                 device=args.device,
@@ -108,22 +107,3 @@ def _metrics(asked: str, features: str) -> str:
     if not mine:
         raise DiffFitError(f"none of the metrics {asked} is defined in the features {features!r}; ask for fd or pr too")
     return ",".join(mine)
-
-
-def _hook(name: str) -> Any:
-    """``package.module:function`` as the function, found from the working folder too; any other name as it is."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        return name
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise DiffFitError(f"--features {name}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise DiffFitError(f"--features {name}: expected a callable; it is a {type(found).__name__}")
-    return found

@@ -147,7 +147,11 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     from ..models.dit import DIT_SIZES
 
     name = next(
-        (n for n, s in DIT_SIZES.items() if s["hidden_size"] == config["hidden_size"] and s["depth"] == config["depth"]),
+        (
+            n
+            for n, s in DIT_SIZES.items()
+            if s["hidden_size"] == config["hidden_size"] and s["depth"] == config["depth"]
+        ),
         None,
     )
     model = f"DiT-{name}/{config['patch_size']}" if name else "DiT of its own size"

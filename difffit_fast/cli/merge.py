@@ -12,7 +12,9 @@ KEPT = ("config", "class_names", "image_size", "vae", "objective", "step")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", help="the base of the delta (default: the one that its run's settings name)")
-    parser.add_argument("--delta", required=True, help="delta, e.g. results/000-DiT-XL-2/checkpoints/0024000.safetensors")
+    parser.add_argument(
+        "--delta", required=True, help="delta, e.g. results/000-DiT-XL-2/checkpoints/0024000.safetensors"
+    )
     parser.add_argument("--out", required=True, help="file to write, .pt or .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 

@@ -6,7 +6,9 @@ Three come by name, anything else as a callable from uint8 images [n, 3, H, W] t
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -195,3 +197,22 @@ def _exact_convolutions(device: torch.device) -> Any:
     if device.type != "cuda":
         return nullcontext()
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def resolve_features(name: str) -> Any:
+    """``package.module:function`` as the function, found from the working folder too; any other name as it is."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return name
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise DiffFitError(f"--features {name}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise DiffFitError(f"--features {name}: expected a callable; it is a {type(found).__name__}")
+    return found

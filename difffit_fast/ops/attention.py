@@ -44,7 +44,8 @@ def softmax_backward(dp: Tensor, p: Tensor, scale: float) -> None:
 
 
 # -- batched products, the CPU's way -------------------------------------------------------------------------------
-PROBABILITIES_AT_A_TIME = 2**19  # as many samples as keep the probabilities in a core's cache; many, when they are short
+# As many samples at a time as keep the probabilities in a core's cache: many, when they are short.
+PROBABILITIES_AT_A_TIME = 2**19
 
 
 def _groups(batch: int, num_heads: int, tokens: int) -> list[slice]:

@@ -89,6 +89,11 @@ class TrainConfig:
     num_samples: int = _option(8, "images in such a grid")
     num_sampling_steps: int = _option(50, "sampling steps of such a grid")
     cfg_scale: float = _option(4.0, "guidance of such a grid")
+    fid_every: int = _option(0, "steps between Fréchet distances of samples to the reference; 0: none")
+    fid_reference: str | None = _option(None, "folder of images or .npz to compare samples with (default: --data-path)")
+    fid_samples: int = _option(1000, "samples of such a distance")
+    fid_features: str = _option("inception", "its features: inception, random-inception, dinov2 or module:function")
+    inception_weights: str | None = _option(None, "file of the public FID Inception weights")
     tensorboard: bool = _option(False, "write TensorBoard events into the run folder (extra [track])")
     wandb: str | None = _option(None, "report to this project of Weights & Biases, where wandb is installed")
     progress: bool = _option(True, "show a progress bar")
@@ -135,16 +140,14 @@ class TrainConfig:
         for f in fields(self):
             choices = f.metadata.get("choices")
             if choices and getattr(self, f.name) not in choices:
-                raise DiffFitError(
-                    f"{flag(f.name)} must be one of {', '.join(choices)}; got {getattr(self, f.name)!r}"
-                )
+                raise DiffFitError(f"{flag(f.name)} must be one of {', '.join(choices)}; got {getattr(self, f.name)!r}")
         for name in ("global_batch_size", "accumulate", "log_every", "ckpt_every", "val_every",
                      "val_samples", "num_samples", "num_sampling_steps"):  # fmt: skip
             self._at_least(name, 1)
         for name in ("image_size", "num_classes", "max_steps", "epochs"):
             self._at_least(name, 1)
         for name in ("num_workers", "weight_decay", "warmup_steps", "max_grad_norm", "keep_checkpoints", "sample_every",
-                     "global_seed", "cfg_scale"):  # fmt: skip
+                     "fid_every", "global_seed", "cfg_scale"):  # fmt: skip
             self._at_least(name, 0)
         for name in ("lr", "dist_timeout"):
             value = getattr(self, name)
@@ -194,6 +197,7 @@ class TrainConfig:
 NOT_STEERING = frozenset({
     "results_dir", "resume", "device", "log_every", "ckpt_every", "keep_checkpoints", "val_path", "val_samples",
     "val_every", "sample_every", "num_samples", "num_sampling_steps", "cfg_scale", "num_workers", "tensorboard",
+    "fid_every", "fid_reference", "fid_samples", "fid_features", "inception_weights",
     "wandb", "progress", "dist_timeout", "max_steps", "epochs",
 })  # fmt: skip
 

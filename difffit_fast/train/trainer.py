@@ -39,6 +39,7 @@ from .distributed import LostProcessError, World, choose_device
 from .ema import EMA
 from .interrupt import Interrupt
 from .methods import model_name
+from .monitor import FrechetMonitor, make_sampler
 from .objective import choose_precision, validation_loss
 from .output import write_output
 from .runs import CONFIG_FILE, RunLock, Start, find_start, new_run_folder
@@ -135,6 +136,10 @@ class Trainer:
             self.parameters.values(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
         )
         self.ema = EMA(self.parameters.items(), self.config.ema_decay)
+        looks = self.config.fid_every and (self.world.main or self.config.fsdp)
+        self.monitor = FrechetMonitor(self.config, self.device) if looks else None
+        if looks and self.space is None:
+            raise DiffFitError("--fid-every needs a decoder: images or --vae with its weights")
         self.step = 0
         self.position = 0  # samples seen
         self._window: list[float] = []  # losses since the last line of the log
@@ -222,6 +227,8 @@ class Trainer:
                     self._validate()
                 if config.sample_every and self._due(config.sample_every):
                     self._sample()
+                if config.fid_every and self._due(config.fid_every):
+                    self._measure()
                 if self._due(config.ckpt_every):
                     self._save()
                     saved = self.step
@@ -475,21 +482,29 @@ class Trainer:
         """A grid from the averaged weights at fixed seeds; by the first process, or all where weights are sharded."""
         if self.space is None or not (self.world.main or self.config.fsdp):
             return
-        config, model = self.config, self.model
         path = self.folder / "samples" / f"{self.step:07d}.png"
-        guided = model.y_embedder.embedding_table.num_embeddings > model.num_classes
-        steps = min(config.num_sampling_steps, 1000) if config.objective == "ddpm" else config.num_sampling_steps
         with self._with_averages():
-            sampler = Sampler(
-                model, "ddpm" if config.objective == "ddpm" else "euler", steps, config.cfg_scale if guided else 1.0,
-                vae=self.space, autocast=self.objective.autocast,
-            )  # fmt: skip
-            images = sampler.sample([i % model.num_classes for i in range(config.num_samples)], config.global_seed)
+            images = self._sampler().sample(
+                [i % self.model.num_classes for i in range(self.config.num_samples)], self.config.global_seed
+            )
         if self.world.main:
             path.parent.mkdir(exist_ok=True)
             save_grid(images, path)
             self.tracker.say(f"(step={self.step:07d}) Samples in {path}")
             self.tracker.image(self.step, path)
+
+    def _sampler(self) -> Sampler:
+        return make_sampler(self.model, self.config, self.space, self.objective.autocast)
+
+    def _measure(self) -> None:
+        """The Fréchet distance of samples from the averaged weights; by the first process, or all where sharded."""
+        if self.monitor is None:
+            return
+        with self._with_averages():
+            name, value = self.monitor(self._sampler(), self.model.num_classes)
+        if self.world.main:
+            self.tracker.say(f"(step={self.step:07d}) {name.upper()}: {value:.3f} ({self.config.fid_samples} samples)")
+            self.tracker.numbers(self.step, **{name: value})
 
     def _farewell(self) -> None:
         report = getattr(self.stream.data, "report", list)()
