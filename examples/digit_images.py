@@ -19,3 +19,9 @@ def write_digit_images(folder: Path, classes: tuple[int, ...] = (0, 1, 2, 3), si
             pixels = Image.fromarray((digits.images[index] * 15.9).astype(np.uint8))
             pixels.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(target / f"{i:04d}.png")
     return folder
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(f"digits in {write_digit_images(Path(sys.argv[1] if len(sys.argv) > 1 else 'digits'))}/")

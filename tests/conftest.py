@@ -7,7 +7,9 @@ import os
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; threads that spin at barriers only slow a busy machine
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tensors are tiny; threads that spin at barriers only slow a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
