@@ -138,9 +138,7 @@ def setting(plan: dict[str, Any], runs: Runs) -> str:
     model, pre, fine, sampling = (plan[k] for k in ("model", "pretrain", "finetune", "sampling"))
     counts = {s: min((len(r) for r in found.values()), default=0) for s, found in runs.items()}
     accuracy = {s: next(iter(next(iter(f.values())).values()))["classifier_accuracy"] for s, f in runs.items() if f}
-    real = {
-        s: interval([r["frechet_real"] for r in next(iter(f.values())).values()]).mean for s, f in runs.items() if f
-    }
+    real = {s: floor(found) for s, found in runs.items() if found}
     return (
         f"Model: depth {model['depth']}, width {model['hidden_size']}, patch {model['patch_size']}, float32. "
         f"Pre-training: {pre['steps']} steps of {pre['batch']} images at a learning rate of {pre['lr']:g}. Fine-tuning: "
@@ -148,7 +146,7 @@ def setting(plan: dict[str, Any], runs: Runs) -> str:
         f"({sampling['steps']} DDIM steps, no guidance, averaged weights) and all real images of the target classes. "
         + " ".join(
             f"On {s}, {counts[s]} seeds; the classifier is right on {accuracy[s]:.0%} of its validation images, and two "
-            f"parts of the real images are {real[s]:.2f} apart, which is the floor of the distance."
+            f"parts of the real images are {real[s]:.2f} apart, which is about the floor of the distance."
             for s in accuracy
         )
     )
@@ -165,7 +163,18 @@ def quality_table(plan: dict[str, Any], results: Results, runs: Runs) -> str:
                 cells.append(str(interval([r[metric] for r in by_seed.values()])) if by_seed else "not run")
         rows.append(cells)
     head = ["method", "learning rate", *(f"{s}: {label}" for s in runs for label in METRICS.values())]
-    return "Means over seeds ± half the 95 % confidence interval; smaller is better.\n\n" + table(head, rows)
+    text = "Means over seeds ± half the 95 % confidence interval; smaller is better.\n\n" + table(head, rows)
+    grid = plan["tuning"]["multiples"]
+    edge = [
+        f"{LABELS.get(m, m)} ({chosen[m]:g}×)"
+        for m, options in plan["methods"].items()
+        if m in chosen and options.get("steps") != 0 and chosen[m] in (min(grid), max(grid))
+    ]
+    if edge:
+        text += (
+            f"\n\nAt the edge of the grid of learning rates, so that a better one may lie outside: {', '.join(edge)}."
+        )
+    return text
 
 
 def cost_table(runs: Runs) -> str:
@@ -175,7 +184,7 @@ def cost_table(runs: Runs) -> str:
         run = next(iter(by_seed.values()))
         if method != "none":
             cpu = float(np.median([r["cpu_ms_per_step"] for r in by_seed.values()]))
-            share = run["trainable"] / (run["total"] if method == "full" else full_size(found, run))
+            share = run["trainable"] / full_size(found, run)
             cells = [
                 f"{run['trainable']:,}",
                 f"{share:.2%}",
@@ -186,8 +195,8 @@ def cost_table(runs: Runs) -> str:
     head = ["method", "trained", "of full", "file, bytes", "kept for backward, MB", "CPU ms per step"]
     return (
         f"What it costs ({image_set}). The times are medians of processor time; at this width they are the overhead of "
-        "many small operations and say nothing about real models, for which see [performance](performance.md).\n\n"
-        + table(head, rows)
+        "many small operations, taken on a machine that did other work too: they say nothing about real models, for which see "
+        "[performance](performance.md). What is kept for the backward pass is counted exactly.\n\n" + table(head, rows)
     )
 
 
@@ -241,6 +250,7 @@ def reading(runs: Runs, sweep: dict[float, dict[int, dict]]) -> str:
                 f"- {image_set}, from the smallest mean distance to the largest: "
                 + ", ".join(f"{LABELS.get(m, m)} ({means[m]:.3g})" for m in order)
                 + (f"; without fine-tuning {means['none']:.3g}." if "none" in means else ".")
+                + f" The best is {means[order[0]] / floor(found):.0f} times as far as two parts of the real images."
             )
     if sweep:
         best = {}
@@ -250,6 +260,11 @@ def reading(runs: Runs, sweep: dict[float, dict[int, dict]]) -> str:
         text = " and ".join(f"by {label} at {multiple:g}×" for label, multiple in best.items())
         lines.append(f"- In the sweep DiffFit is best {text} the pre-training rate.")
     return "\n".join(lines)
+
+
+def floor(found: dict[str, dict[int, dict]]) -> float:
+    """Distance between two parts of the real images of a set; the same in all its runs."""
+    return next(iter(next(iter(found.values())).values()))["frechet_real"]
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
