@@ -207,7 +207,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "failed": failed,
         "ratios": ratios(modes, times, floor),
     }
-    result["targets_note"] = "see docs/performance.md"
     return result
 
 

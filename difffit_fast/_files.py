@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one."""
+"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one; and what heads them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .errors import DiffFitError
 
 TEMPORARY = ".tmp-"  # names that begin so are leftovers of a killed process, and never read
 
@@ -96,3 +100,23 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a ``.safetensors`` file, its JSON values decoded.
+
+    Raises:
+        DiffFitError: the file cannot be read as one.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            strings = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DiffFitError(f"cannot read {path}: {error}") from error
+    decoded: dict[str, Any] = {}
+    for key, value in strings.items():
+        try:
+            decoded[key] = json.loads(value)
+        except ValueError:
+            decoded[key] = value
+    return decoded

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from difffit_fast.ops import use_kernels
 from difffit_fast.ops.dispatch import cpp_ops
 
 
@@ -117,18 +116,6 @@ def check_compiled(op: Callable, inputs: Sequence[Tensor], trainable: Sequence[b
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def in_every_room(test: Callable) -> Callable:
-    """Run a test that takes no ``kernels`` under each implementation."""
-    import functools
-
-    @functools.wraps(test)
-    def wrapper(kernels: str, *args: object, **kwargs: object) -> None:
-        with use_kernels(kernels):
-            test(*args, **kwargs)
-
-    return wrapper
 
 
 SIZES = [(1, 1, 72), (2, 77, 72), (3, 37, 100), (1, 77, 384), (2, 5, 1152), (0, 4, 72)]  # B, T, D

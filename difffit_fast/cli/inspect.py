@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .._files import safetensors_metadata
 from ..errors import DiffFitError
 
 
@@ -37,7 +38,7 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _folder(path)
     if path.suffix == ".safetensors":
-        metadata = _metadata(path)
+        metadata = safetensors_metadata(path)
         if metadata.get("format") == "difffit_fast-delta":
             return _delta(path)
         if metadata.get("format") == "difffit_fast-trainables":
@@ -82,7 +83,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     from ..models.dit import DIT_SIZES
 
     state = load_dit_state_dict(path)
-    metadata = _metadata(path) if path.suffix == ".safetensors" else {}
+    metadata = safetensors_metadata(path) if path.suffix == ".safetensors" else {}
     recorded = metadata.get("config")
     hidden = state["x_embedder.proj.weight"].shape[0]
     heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_SIZES.values()}
@@ -156,23 +157,6 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     )
     model = f"DiT-{name}/{config['patch_size']}" if name else "DiT of its own size"
     return {"model": model, "classes": config["num_classes"], **{k: v for k, v in config.items() if k != "num_classes"}}
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            strings = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise DiffFitError(f"cannot read {path}: {error}") from error
-    decoded: dict[str, Any] = {}
-    for key, value in strings.items():
-        try:
-            decoded[key] = json.loads(value)
-        except ValueError:
-            decoded[key] = value
-    return decoded
 
 
 def _count(shape: list[int]) -> int:

@@ -61,7 +61,8 @@ class Packed:
 
     Plain products lay the weight out again at every call; a frozen one needs that once. It costs a second copy of the
     weight, so it is done where that copy is small (half precision), or where ``DIFFFIT_FAST_PACK=1`` asks for it. Only
-    weights with at least as many rows as columns are packed: for the others the plain product is as fast.
+    weights with at least as many rows as columns are packed: for the others the plain product is as fast. A write to the
+    weight is seen by its version counter, which ``weight.data.copy_`` and the like go round: use ``torch.no_grad`` instead.
     """
 
     def __init__(self, weight: Tensor) -> None:

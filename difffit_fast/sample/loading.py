@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .._files import safetensors_metadata
 from ..difffit.checkpoint import infer_config, load_dit_state_dict, pixels_per_cell
 from ..difffit.config import DiffFitConfig
 from ..difffit.delta import FORMAT as DELTA_FORMAT
@@ -81,7 +80,8 @@ def load_model(
 def _load_checkpoint(
     ckpt: str | os.PathLike[str], weights: str, num_heads: int | None, image_size: int | None
 ) -> tuple[DiT, dict[str, Any]]:
-    metadata = _safetensors_metadata(ckpt)
+    is_safetensors = Path(ckpt).suffix == ".safetensors" and Path(ckpt).is_file()
+    metadata = safetensors_metadata(ckpt) if is_safetensors else {}
     if metadata.get("format") == DELTA_FORMAT:
         raise DiffFitError(f"{ckpt} is a delta, not a checkpoint; give it as the delta, beside its base")
     state = dict(load_dit_state_dict(ckpt, prefer=weights))
@@ -180,24 +180,6 @@ def _random_base(run: dict[str, Any], config: dict[str, Any], dtype: torch.dtype
             num_classes=config["num_classes"],
             dtype=dtype or torch.float32,
         )
-
-
-def _safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a ``.safetensors`` file, its JSON values decoded; empty for other files."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            strings = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise DiffFitError(f"cannot read {path}: {error}") from error
-    decoded: dict[str, Any] = {}
-    for key, value in strings.items():
-        try:
-            decoded[key] = json.loads(value)
-        except ValueError:
-            decoded[key] = value
-    return decoded
 
 
 def heads_of(model_name: str) -> dict[str, int]:
