@@ -34,6 +34,7 @@ import torch
 from speed import device_name, spread, synchronize
 from torch import Tensor
 
+from difffit_fast import _files
 from difffit_fast.ops.dispatch import pick, room
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -313,9 +314,7 @@ def slug(name: str) -> str:
 def write_text(path: Path, text: str) -> None:
     """Written beside and renamed, so that no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    os.replace(beside, path)
+    _files.write_text(path, text)
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -326,14 +325,12 @@ def write_csv(path: Path, head: dict[str, Any], rows: Sequence[dict[str, Any]]) 
     """Rows with device, versions and date in every one of them, so that files of several devices can be joined."""
     constant = {k: head[k] for k in ("device", "torch", "triton", "cuda", "date")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", newline="") as file:
+    with _files.replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *constant] if rows else list(constant))
         writer.writeheader()
         for row in rows:
             rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow(rounded | constant)
-    os.replace(beside, path)
 
 
 def print_rows(rows: Iterable[dict[str, Any]]) -> None:

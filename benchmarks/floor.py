@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from difffit_fast._devices import cpu_has_fast
+
 
 def _fastest(candidates: dict[str, Callable[[], Any]], device: torch.device, repeats: int = 7) -> str:
     """Name of the candidate with the smallest median time; candidates that cannot run drop out."""
@@ -52,7 +54,7 @@ class Floor:
         d, depth, heads = config["hidden_size"], config["depth"], config["num_heads"]
         tokens = (config["input_size"] // config["patch_size"]) ** 2
         rows, hidden = batch * tokens, int(d * config["mlp_ratio"])
-        emulated = device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        emulated = device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_fast(dtype)
         self.dtype = torch.float32 if emulated else dtype
         if emulated:
             self.calls["dtype"] = "float32 products, since this CPU has no bf16 ones"

@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from difffit_fast._files import replacing, write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 FULL, FROZEN, OURS = ("full", "full-compile"), ("frozen", "frozen-compile"), ("fast", "fast-compile", "fast-graph")
@@ -101,9 +103,8 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    beside = path.with_name(path.stem + ".new" + path.suffix)
-    figure.savefig(beside, dpi=120)
-    os.replace(beside, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
     _pyplot().close(figure)
 
 
@@ -187,9 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.readme}: its table is not what {args.results} says; run python benchmarks/plots.py")
         return int(new != text)
     if new != text:
-        beside = args.readme.with_name(args.readme.name + ".new")
-        beside.write_text(new)
-        os.replace(beside, args.readme)
+        write_text(args.readme, new)
     for path, result in speed:
         plot_speed(result, path.with_suffix(".png"))
     ops = load(args.results, "ops.json")

@@ -30,6 +30,9 @@ from floor import Floor
 from modes import MODES, available_modes, build_mode
 from torch import Tensor
 
+from difffit_fast._devices import cpu_has_fast
+from difffit_fast._files import write_text
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,7 +53,7 @@ def default_dtype(device: torch.device) -> str:
     """bf16 where the hardware multiplies it; fp32 on a CPU that does not."""
     if device.type == "cuda":
         return "bf16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return "bf16" if cpu_has_fast(torch.bfloat16) else "fp32"
 
 
 def make_batch(config: dict[str, Any], batch_size: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -317,9 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     print_table(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        beside = args.json.with_suffix(".tmp")
-        beside.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(beside, args.json)
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
         print(f"\nwritten to {args.json}")
     return 0
 

@@ -1,16 +1,19 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one; and what heads them."""
+"""Files: written so that a kill at any moment leaves the old one or the new one, never half of one; and read with one
+sentence for what is wrong with them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,18 +32,27 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
 
 
-def write_bytes(path: Path, *parts: bytes) -> None:
-    """Write ``parts`` beside ``path``, flush them to the disk and rename."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to: flushed to the disk and renamed when all went well, else removed.
+
+    >>> with replacing(tmp_path / "numbers.txt") as temporary:          # doctest: +SKIP
+    ...     temporary.write_text("1 2 3")
+    """
+    path = Path(path)
     temporary = beside(path)
     try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,32 +77,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         start += size
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
-    temporary = beside(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors.values():
-                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                if flat.numel():
-                    file.write(memoryview(flat.view(torch.uint8).numpy()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            if flat.numel():
+                file.write(memoryview(flat.view(torch.uint8).numpy()))
 
 
 def write_torch(path: Path, value: object) -> None:
-    """``torch.save`` beside ``path``, flushed, and renamed."""
-    temporary = beside(path)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """``torch.save`` beside ``path``, and renamed."""
+    with replacing(path) as temporary:
+        torch.save(value, temporary)
 
 
 def sha256(path: Path) -> str:
@@ -120,3 +118,22 @@ def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         except ValueError:
             decoded[key] = value
     return decoded
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A YAML mapping of settings, or a :class:`DiffFitError` that says what is wrong with the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DiffFitError(f"cannot read the configuration {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise DiffFitError(f"the configuration {path} is not valid YAML{where}: {problem}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise DiffFitError(f"the configuration {path} must hold keys and values; it holds a {type(values).__name__}")
+    return values

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difffit_fast._files import beside, write_text
+from difffit_fast._files import replacing, write_text
 from difffit_fast.errors import DiffFitError
 from difffit_fast.evaluate.frechet import gaussian_distance
 
@@ -396,10 +396,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    temporary = beside(path)
-    figure.savefig(temporary, dpi=110, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
-    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,15 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from difffit_fast.data import (
     ImageFolder,
     PixelSpace,
-    SeededDataset,
     TrainingData,
-    collate_visits,
-    load_batch,
     load_vae,
     open_data,
     sample_moments,
@@ -27,6 +23,7 @@ from difffit_fast.data import (
 )
 from difffit_fast.data.pixels import ImageError, center_crop, read_pixels, to_rgb, to_signed
 from difffit_fast.errors import DiffFitError
+from difffit_fast.train.stream import TrainStream, batches
 
 
 def _noise(rng, height, width, channels=3):
@@ -243,24 +240,18 @@ def test_the_substitute_does_not_depend_on_what_was_seen_before(folder):
 def test_loader_workers_change_nothing_and_report_to_the_parent(folder, workers):
     (folder / "a dog" / "1.png").write_bytes(b"")
     data = ImageFolder(folder, 16)
-    keys = [[(i, visit_seed(0, e, i)) for i in range(8)] for e in range(2)]
-    loader = DataLoader(SeededDataset(data), batch_sampler=keys, collate_fn=collate_visits, num_workers=workers)
-    batches = list(loader)
-    assert len(batches) == 2
-    for (x, y), key in zip(batches, keys, strict=True):
-        want_x, want_y = load_batch(ImageFolder(folder, 16), key)
-        assert x.shape == (8, 3, 16, 16) and y.dtype == torch.int64
-        assert torch.equal(x, want_x) and torch.equal(y, want_y)
+    stream, alone = (TrainStream(d, 0, (3, 16, 16), 0.0, d.num_classes) for d in (data, ImageFolder(folder, 16)))
+    found = list(batches(stream, 0, 2, 8, num_workers=workers))
+    assert len(found) == 2
+    for step, batch in enumerate(found):
+        want = alone.__getitems__(range(8 * step, 8 * step + 8))
+        assert batch["x"].shape == (8, 3, 16, 16) and batch["y"].dtype == torch.int64
+        assert torch.equal(batch["x"], want["x"]) and torch.equal(batch["y"], want["y"])
     assert [entry.file for entry in data.report()] == ["a dog/1.png"]
 
 
-def test_collate_of_single_samples_equals_the_batched_way(folder):
-    data = SeededDataset(ImageFolder(folder, 16))
-    keys = [(0, 1), (5, 2)]
-    x, y = collate_visits([data[key] for key in keys])
-    bx, by = data.__getitems__(keys)
-    assert torch.equal(x, bx) and torch.equal(y, by)
-    assert len(pickle.loads(pickle.dumps(data.data))) == 8
+def test_a_pickled_folder_is_the_same(folder):
+    assert len(pickle.loads(pickle.dumps(ImageFolder(folder, 16)))) == 8
 
 
 def test_symbolic_links_are_followed_but_never_in_circles(folder, tmp_path_factory):

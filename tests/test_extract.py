@@ -16,22 +16,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
 from difffit_fast.cli import extract as cli
 from difffit_fast.data import (
     ImageFolder,
     LatentCache,
-    SeededDataset,
     TrainingData,
-    collate_visits,
-    load_batch,
     load_vae,
     open_data,
     visit_rng,
     visit_seed,
 )
 from difffit_fast.errors import DiffFitError
+from difffit_fast.train.stream import TrainStream, batches
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,11 +172,11 @@ def test_half_precision_stores_half_and_stays_close(images, moments, vae_folder,
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_workers_change_nothing(moments, workers):
     cache = LatentCache(moments)
-    keys = [[(i, visit_seed(0, e, i)) for i in (21, 0, 13, 5)] for e in range(3)]
-    loader = DataLoader(SeededDataset(cache), batch_sampler=keys, collate_fn=collate_visits, num_workers=workers)
-    for (x, y), key in zip(loader, keys, strict=True):
-        want = load_batch(LatentCache(moments), key)
-        assert torch.equal(x, want[0]) and torch.equal(y, want[1])
+    shape = cache.channels, cache.size, cache.size
+    stream, alone = (TrainStream(c, 0, shape, 0.0, c.num_classes) for c in (cache, LatentCache(moments)))
+    for step, batch in enumerate(batches(stream, 0, 3, 4, num_workers=workers)):
+        want = alone.__getitems__(range(4 * step, 4 * step + 4))
+        assert torch.equal(batch["x"], want["x"]) and torch.equal(batch["y"], want["y"])
     assert cache._verified.sum() > 0  # the workers' checks are known to the parent
 
 

@@ -7,6 +7,7 @@ import torch
 from optest import assert_close, draw
 
 from difffit_fast import DiffFitError
+from difffit_fast._devices import cpu_has_fast
 from difffit_fast.ops import frozen_linear, gemm
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -52,7 +53,7 @@ def test_what_is_packed(monkeypatch) -> None:
     assert not gemm.pack_wanted(tall)
     monkeypatch.setenv("DIFFFIT_FAST_PACK", "auto")
     assert not gemm.pack_wanted(tall)
-    assert gemm.pack_wanted(tall.bfloat16()) == gemm.cpu_has_fast(torch.bfloat16)
+    assert gemm.pack_wanted(tall.bfloat16()) == cpu_has_fast(torch.bfloat16)
     monkeypatch.setenv("DIFFFIT_FAST_PACK", "yes")
     with pytest.raises(DiffFitError, match="DIFFFIT_FAST_PACK must be auto, 0 or 1"):
         gemm.pack_wanted(tall)

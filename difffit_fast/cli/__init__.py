@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from .._words import nearest
 from ..errors import DiffFitError
 
 VERBS = {
@@ -47,8 +48,6 @@ class Parser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(args, namespace)
         unknown = next((word for word in rest if word.startswith("-")), None)
         if unknown is not None:
-            from ..train.config import nearest
-
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             known = nearest(unknown.split("=")[0], flags)
             raise UsageError(f"unknown flag {unknown}; the nearest known one is {known} (see {self.prog} --help)")
@@ -81,8 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         verb = arguments[0]
         if verb not in VERBS:
-            from ..train.config import nearest
-
             raise UsageError(f"unknown command {verb!r}; the nearest known one is {nearest(verb, VERBS)!r}")
         program = f"difffit {verb}"
         module = importlib.import_module(f"{__name__}.{verb}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .._devices import choose_device
 from ..data.extract import ExtractConfig, Extraction
 from ..errors import DiffFitError
 
@@ -64,13 +65,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace, local_rank: int) -> ExtractConfig:
-    device = args.device
-    if device == "auto":
-        device = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda":
-        device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise DiffFitError(f"--device {args.device}: this PyTorch sees no CUDA device")
     return ExtractConfig(
         data_path=args.data_path,
         features_path=args.features_path,
@@ -80,7 +74,7 @@ def _config(args: argparse.Namespace, local_rank: int) -> ExtractConfig:
         precision=args.precision,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
-        device=device,
+        device=str(choose_device(args.device, local_rank)),
     )
 
 

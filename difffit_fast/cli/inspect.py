@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._files import safetensors_metadata
+from .._files import read_yaml, safetensors_metadata
 from ..errors import DiffFitError
 
 
@@ -124,7 +124,6 @@ def _folder(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     from ..train.checkpoint import CheckpointFolder
-    from ..train.config import read_yaml
     from ..train.runs import CONFIG_FILE
     from ..train.track import read_metrics
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from .._devices import choose_device
 from .._files import sha256
+from .._processes import World
 from ..errors import DiffFitError
 
 FLOW_DEFAULT = "euler"
@@ -52,8 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sample as ``args`` say; 0 when done. Raises :class:`DiffFitError` for what the user must mend."""
-    from ..train.distributed import World, choose_device
-
     _check(args)
     world = World.join(args.device, timeout=24 * 3600.0) if args.num_fid_samples is not None else World()
     try:

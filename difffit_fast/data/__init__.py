@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from ..errors import DiffFitError
-from .base import BadImage, SeededDataset, TrainingData, collate_visits, load_batch, visit_rng, visit_seed
+from .base import BadImage, TrainingData, visit_rng, visit_seed
 from .image_folder import ImageFolder
 from .latent_cache import LatentCache
 from .vae import LatentSpace, PixelSpace, load_vae, sample_moments
@@ -20,10 +20,7 @@ __all__ = [
     "LatentCache",
     "LatentSpace",
     "PixelSpace",
-    "SeededDataset",
     "TrainingData",
-    "collate_visits",
-    "load_batch",
     "load_vae",
     "open_data",
     "sample_moments",

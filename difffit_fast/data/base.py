@@ -7,13 +7,10 @@ sample) comes from one integer, the visit's seed, which the trainer derives from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..errors import DiffFitError
 
@@ -77,47 +74,6 @@ def check_index(index: int, length: int) -> int:
     if not 0 <= index < length:
         raise IndexError(f"image index must be in [0, {length}), got {index}")
     return int(index)
-
-
-class SeededDataset(Dataset):
-    """A :class:`torch.utils.data.Dataset` over :class:`TrainingData` whose keys are pairs ``(index, seed)``.
-
-    Give a ``DataLoader`` a ``batch_sampler`` that yields lists of such pairs and ``collate_fn=collate_visits``; each
-    batch then arrives as ``(x float32 [B, C, H, W], y int64 [B])``. The loader hands over the whole list at once, and
-    the samples are written straight into the batch tensor: no second copy for stacking.
-
-    >>> loader = DataLoader(SeededDataset(data), batch_sampler=pairs, collate_fn=collate_visits)   # doctest: +SKIP
-    """
-
-    def __init__(self, data: TrainingData) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = key
-        return self.data.load(int(index), int(seed))
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        return load_batch(self.data, keys)
-
-
-def load_batch(data: TrainingData, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """The visits ``keys`` (pairs of index and seed) as ``(x float32 [B, C, H, W], y int64 [B])``."""
-    x = np.empty((len(keys), data.channels, data.size, data.size), dtype=np.float32)
-    y = np.empty(len(keys), dtype=np.int64)
-    for row, (index, seed) in enumerate(keys):
-        sample, y[row] = data.load(int(index), int(seed))
-        x[row] = sample.numpy()  # NumPy's copy: see pixels.to_signed
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
-def collate_visits(batch: Any) -> tuple[Tensor, Tensor]:
-    """Collation for :class:`SeededDataset`: passes a finished batch on, stacks a list of samples."""
-    if isinstance(batch, tuple):
-        return batch
-    return torch.stack([x for x, _ in batch]), torch.tensor([y for _, y in batch], dtype=torch.int64)
 
 
 def check_image_size(image_size: int) -> int:

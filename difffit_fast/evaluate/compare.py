@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._devices import choose_device
 from ..errors import DiffFitError
 from .features import Extractor, get_extractor
 from .frechet import RunningStatistics, gaussian_distance
@@ -85,7 +86,7 @@ class Evaluator:
     ) -> None:
         if batch_size < 1:
             raise DiffFitError(f"batch_size must be at least 1; got {batch_size}")
-        self.device = resolve_device(device)
+        self.device = choose_device(device)
         names = _metric_names(metrics, features)
         self.extractor = get_extractor(features, device=self.device, **extractor_options)
         self.batch_size, self.image_size, self.progress = batch_size, image_size, progress
@@ -264,19 +265,6 @@ def collect(
         fingerprint=source.fingerprint,
         size=sizes.pop() if len(sizes) == 1 else None,
     )
-
-
-def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device of that name; None or ``"auto"``: CUDA where there is one, else the CPU."""
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise DiffFitError(f"unknown device {device!r}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DiffFitError(f"device {device}: this PyTorch sees no CUDA device")
-    return resolved
 
 
 def _metric_names(metrics: str | Sequence[str] | None, features: Any) -> list[str]:

@@ -7,7 +7,6 @@ the same result, or a better one.
 
 from __future__ import annotations
 
-import functools
 import os
 import weakref
 from collections.abc import Iterable
@@ -15,17 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .._devices import cpu_has_fast
 from ..errors import DiffFitError
-
-
-@functools.cache
-def cpu_has_fast(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype with instructions of this CPU (AVX-512 or better for bf16)."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
 
 
 def widen(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .._files import TEMPORARY, beside, write_text
+from .._files import TEMPORARY, replacing, write_text
 from ..errors import DiffFitError
 from .images import is_whole_png, save_png, to_uint8
 from .sampler import Sampler, resolve_labels
@@ -26,7 +26,7 @@ SETTINGS_FILE = "sampling.json"
 
 
 class Processes(Protocol):
-    """What is asked of the processes that share the work; :class:`difffit_fast.train.distributed.World` is one."""
+    """What is asked of the processes that share the work; :class:`difffit_fast._processes.World` is one."""
 
     rank: int
     size: int
@@ -165,9 +165,9 @@ def write_npz(files: Iterable[str | os.PathLike[str]], path: str | os.PathLike[s
         raise DiffFitError("there are no images to write")
     height, width, _ = _read_rgb(files[0]).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
-    temporary = beside(path)
     try:
         with (
+            replacing(path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
             archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out,
         ):
@@ -177,11 +177,8 @@ def write_npz(files: Iterable[str | os.PathLike[str]], path: str | os.PathLike[s
                 if pixels.shape != (height, width, 3):
                     raise DiffFitError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the others {width}x{height}")
                 out.write(pixels.tobytes())
-        os.replace(temporary, path)
     except OSError as error:
         raise DiffFitError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_rgb(path: Path) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .._files import beside
+from .._files import replacing
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -26,12 +26,8 @@ def save_png(pixels: np.ndarray, path: str | os.PathLike[str]) -> None:
     """Write uint8 (H, W, 3), (H, W, 1) or (H, W) beside ``path`` and rename, so that a file that exists is whole."""
     path = Path(path)
     image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
-    temporary = beside(path)
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_whole_png(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files import safetensors_metadata
+from .._files import read_yaml, safetensors_metadata
 from ..difffit.checkpoint import infer_config, load_dit_state_dict, pixels_per_cell
 from ..difffit.config import DiffFitConfig
 from ..difffit.delta import FORMAT as DELTA_FORMAT
@@ -160,8 +160,6 @@ def run_settings(delta: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = Path(delta).resolve().parent.parent / "config.yaml"
     if Path(delta).resolve().parent.name != "checkpoints" or not path.is_file():
         return None
-    from ..train.config import read_yaml
-
     return read_yaml(path)
 
 

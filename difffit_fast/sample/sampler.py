@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._words import nearest
 from ..data.vae import LatentSpace, PixelSpace, load_vae
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, create_diffusion, randn, solver_sample_loop
 from ..diffusion.flow import METHODS as FLOW_METHODS
@@ -200,12 +201,9 @@ def resolve_labels(
 
 
 def _unknown_name(name: str, class_names: Sequence[str] | None) -> str:
-    import difflib
-
     if class_names is None:
         return f"the class {name!r} was given by name, but the model carries no class names; use its number"
-    close = difflib.get_close_matches(name, class_names, n=1, cutoff=0.0)
-    return f"there is no class {name!r}; the nearest known one is {close[0]!r}"
+    return f"there is no class {name!r}; the nearest known one is {nearest(name, class_names)!r}"
 
 
 @contextlib.contextmanager

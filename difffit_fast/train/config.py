@@ -8,18 +8,18 @@ Flag names are those of DiT's ``train.py`` where it has one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .._files import write_text
+from .._files import read_yaml, write_text
+from .._words import nearest
 from ..errors import DiffFitError
 
 # The learning rates that the paper and the public scripts use: ten times higher where little is trained.
@@ -208,30 +208,6 @@ RIVALS = (("max_steps", "epochs"), ("val_path", "val_fraction"), ("data_path", "
 def flag(name: str) -> str:
     """The flag of a setting: ``data_path`` -> ``--data-path``."""
     return "--" + name.replace("_", "-")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The member of ``known`` that looks most like ``word``."""
-    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML mapping of settings, or a :class:`DiffFitError` that says what is wrong with the file."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DiffFitError(f"cannot read the configuration {path}: {reason}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise DiffFitError(f"the configuration {path} is not valid YAML{where}: {problem}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise DiffFitError(f"the configuration {path} must hold keys and values; it holds a {type(values).__name__}")
-    return values
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._words import nearest
 from ..difffit.checkpoint import infer_config, load_dit_state_dict
 from ..errors import DiffFitError
 from ..models.dit import DIT_ARGUMENTS, DIT_SIZES, DiT, DiT_models
-from .config import TrainConfig, nearest
+from .config import TrainConfig
 
 DEFAULT_MODEL = "DiT-XL/2"
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._devices import has_fast
+from .._processes import World
 from ..data.vae import LatentSpace, sample_moments
 from ..diffusion import FlowMatching, create_diffusion
 from ..errors import DiffFitError
-from .distributed import World
 from .stream import Batch, ValidationStream, share
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -78,23 +79,13 @@ def validation_loss(
 
 def choose_precision(name: str, device: torch.device) -> tuple[str, str | None]:
     """The precision that ``name`` means on a device, and what the user should hear about it, once."""
-    fast = has_fast_bf16(device)
+    fast = has_fast(torch.bfloat16, device)
     where = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     if name == "auto":
         return ("bf16", None) if fast else ("fp32", f"{where} does not compute in bf16: training in fp32")
     if name == "bf16" and not fast:
         return name, f"{where} does not compute in bf16, only emulates it: --precision fp32 will be faster"
     return name, None
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 arithmetic (a CPU: AVX-512 or better)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 def check_objective(model: nn.Module, name: str, channels: int) -> None:

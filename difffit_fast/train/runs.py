@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from .._files import TEMPORARY, beside
+from .._files import TEMPORARY, beside, read_yaml
 from ..errors import DiffFitError
 from .checkpoint import Checkpoint, CheckpointFolder
-from .config import TrainConfig, read_yaml
+from .config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 BIRTH_SECONDS = 60

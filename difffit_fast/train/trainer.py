@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._devices import choose_device
+from .._processes import LostProcessError, World
 from ..data.base import TrainingData, visit_seed
 from ..errors import DiffFitError
 from ..models.dit import LabelEmbedder
@@ -35,7 +37,6 @@ from .checkpoint import (
     unpack,
 )
 from .config import TrainConfig
-from .distributed import LostProcessError, World, choose_device
 from .ema import EMA
 from .interrupt import Interrupt
 from .methods import model_name

@@ -5,13 +5,13 @@ Nothing is downloaded here: most of these datasets ask for the acceptance of ter
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..._words import nearest
 from ...errors import DiffFitError
 from . import layout
 from .archives import Source
@@ -46,8 +46,9 @@ def prepare(
         DiffFitError: unknown name or split, a piece is missing or damaged, totals differ, or ``out`` is in the way.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, list(DATASETS), n=1, cutoff=0.0)[0]
-        raise DiffFitError(f"unknown dataset {name!r}; the nearest known one is {near!r} (all: {', '.join(DATASETS)})")
+        raise DiffFitError(
+            f"unknown dataset {name!r}; the nearest known one is {nearest(name, DATASETS)!r} (all: {', '.join(DATASETS)})"
+        )
     dataset = DATASETS[name]
     split = split or next(iter(dataset.splits))
     if split not in dataset.splits:

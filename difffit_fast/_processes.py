@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import DiffFitError
+from ._words import first_line
+from .errors import DiffFitError
 
 BUCKET_BYTES = 64 << 20
 
@@ -50,7 +51,7 @@ class World:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
-            raise DiffFitError(f"cannot join the other processes: {_first_line(error)}") from error
+            raise DiffFitError(f"cannot join the other processes: {_reason(error)}") from error
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), owns_group=True)
 
     @property
@@ -134,13 +135,12 @@ class _Listening:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError):  # DistBackendError is one
-            reason = _first_line(error)
+            reason = _reason(error)
             raise LostProcessError(f"another process of this job died or did not answer ({reason})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
+def _reason(error: BaseException) -> str:
+    line = first_line(error)
     return line.split("] ", 1)[-1] if line.startswith("[") else line
 
 
@@ -156,22 +156,3 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
         size += nbytes
     if bucket:
         yield bucket
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called ``name``: auto, cpu, cuda, cuda:N; processes of one machine take its GPUs in turn."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DiffFitError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DiffFitError(f"--device {name}: this PyTorch sees no CUDA device")
-        index = local_rank % torch.cuda.device_count() if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise DiffFitError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-    return device
