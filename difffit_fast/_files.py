@@ -59,7 +59,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """A safetensors file whose bytes depend on its content alone (the library's own order of metadata does not repeat).
 
     Tensors of any of the format's usual dtypes, on any device; they are written one after another, so that no second
@@ -100,24 +102,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a ``.safetensors`` file, its JSON values decoded.
+def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a ``.safetensors`` file.
 
     Raises:
         DiffFitError: the file cannot be read as one.
     """
     try:
         with safe_open(path, "pt") as file:
-            strings = file.metadata() or {}
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise DiffFitError(f"cannot read {path}: {error}") from error
-    decoded: dict[str, Any] = {}
-    for key, value in strings.items():
-        try:
-            decoded[key] = json.loads(value)
-        except ValueError:
-            decoded[key] = value
-    return decoded
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from difffit_fast import DiT, FastDiffFitDiT, Sampler, Trainer
-from difffit_fast.sample import load_model, save_grid
+from difffit_fast import DiT, FastDiffFitDiT, Sampler, Trainer, load_model
+from difffit_fast.sample import save_grid
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--ckpt", type=Path)

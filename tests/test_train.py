@@ -308,9 +308,9 @@ def test_methods_and_objectives(images: Path, tmp_path: Path, method: str, objec
     if counted:
         assert sum(p.numel() for p in trainer.parameters.values()) == tiny(difffit=counted).num_trainable
     else:
-        from difffit_fast.difffit.checkpoint import load_dit_state_dict
+        from difffit_fast.models.state_dict import read_weights
 
-        state = load_dit_state_dict(result.delta)
+        state = read_weights(result.delta).state
         DiT(input_size=16, in_channels=3, num_classes=3, **TINY).load_state_dict(state)
         assert torch.equal(state["blocks.0.attn.qkv.weight"], trainer.ema.tensors["blocks.0.attn.qkv.weight"])
 

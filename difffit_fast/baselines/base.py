@@ -32,8 +32,7 @@ class BaselineDiT(DiT):
         model.pos_embed = dit.pos_embed
         model.train(dit.training)
         model.method, model.method_options = method, dict(options)
-        if "pos_embed_scale" in dit.__dict__:
-            model.pos_embed_scale = dit.__dict__["pos_embed_scale"]
+        model.pos_embed_scale = dit.pos_embed_scale
         return model
 
     def train_only(self, trains: Callable[[str], bool]) -> BaselineDiT:

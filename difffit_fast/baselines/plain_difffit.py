@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..difffit.config import DiffFitConfig
+from ..models.difffit import DiffFitConfig
 from ..models.dit import LN_EPS, DiT, modulate
 
 

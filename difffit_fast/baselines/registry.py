@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .._files import write_safetensors
-from ..difffit.config import DiffFitConfig
 from ..errors import DeltaMismatchError, DiffFitError
+from ..models.difffit import DiffFitConfig
 from ..models.dit import DiT
+from ..models.fast_dit import FastDiffFitDiT
+from ..models.header import read_header, write_model_file
 from .adapter import add_adapters
 from .base import BaselineDiT, is_class_embedding
 from .lora import add_lora
 from .vpt import add_prompts
-
-FORMAT = "difffit_fast-trainables"  # as the trainer writes for methods other than DiffFit
 
 
 def full(dit: DiT) -> BaselineDiT:
@@ -49,14 +46,10 @@ def difffit(
         gamma_blocks: overrides which blocks have γ: "half", "all", the first k, or the last k as −k.
         compute_dtype: as in :class:`~difffit_fast.models.fast_dit.FastDiffFitDiT`.
     """
-    from ..models.fast_dit import FastDiffFitDiT
-
     config = DiffFitConfig.resolve(difffit)
     if gamma_blocks is not None:
         config = dataclasses.replace(config, gamma_blocks=gamma_blocks)
-    model = FastDiffFitDiT.from_dit(dit, difffit=config, compute_dtype=compute_dtype).train(dit.training)
-    model.pos_embed_scale = dit.__dict__.get("pos_embed_scale", 1.0)
-    return model
+    return FastDiffFitDiT.from_dit(dit, difffit=config, compute_dtype=compute_dtype).train(dit.training)
 
 
 def bitfit(dit: DiT, *, compute_dtype: torch.dtype | None = None) -> nn.Module:
@@ -99,9 +92,8 @@ def save_trainables(model: nn.Module, path: str | os.PathLike[str], **metadata: 
     ``metadata``: anything JSON can hold. A FastDiffFitDiT is better served by ``model.save_delta``.
     """
     info = {"method": getattr(model, "method", None), "method_options": getattr(model, "method_options", None)}
-    text = {k: json.dumps(v) for k, v in {**info, **metadata}.items() if v is not None}
     tensors = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
-    write_safetensors(Path(path), tensors, {"format": FORMAT, "version": "1", **text})
+    write_model_file(path, "trainables", tensors, {**info, **metadata})
 
 
 @torch.no_grad()
@@ -114,14 +106,14 @@ def load_trainables(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
         DiffFitError: not such a file.
         DeltaMismatchError: its tensors are not this model's trainables; nothing has been changed then.
     """
+    header = read_header(path)
+    if header.get("kind") != "trainables":
+        raise DiffFitError(f"{path} holds no trainables of a method: its metadata does not say so")
     try:
         with safe_open(str(path), framework="pt") as file:
-            strings = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise DiffFitError(f"{path} cannot be read as safetensors: {error}") from error
-    if strings.get("format") != FORMAT:
-        raise DiffFitError(f"{path} has the format {strings.get('format')!r}; expected {FORMAT!r}")
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if odd := sorted(set(own) ^ set(tensors)):
         where = "is missing from the file" if odd[0] in own else "is not trained by this model"
@@ -133,5 +125,4 @@ def load_trainables(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
             )
     for name, p in own.items():
         p.copy_(tensors[name])
-    skip = ("format", "version")
-    return {key: json.loads(value) for key, value in strings.items() if key not in skip}
+    return {key: value for key, value in header.items() if key not in ("format", "kind", "version")}

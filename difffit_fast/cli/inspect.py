@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from .._files import read_yaml, safetensors_metadata
+from safetensors import safe_open
+
+from .._files import read_yaml
+from ..data import LatentCache
+from ..data.shards import INDEX_FILE
 from ..errors import DiffFitError
+from ..models.checkpoint import pixels_per_cell, read_model
+from ..models.delta import read_delta
+from ..models.header import read_header
+from ..models.load import RUN_SETTINGS
+from ..models.sizes import model_name
+from ..train.checkpoint import CheckpointFolder
+from ..train.track import read_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,95 +50,109 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _folder(path)
     if path.suffix == ".safetensors":
-        metadata = safetensors_metadata(path)
-        if metadata.get("format") == "difffit_fast-delta":
+        kind = read_header(path).get("kind")
+        if kind == "delta":
             return _delta(path)
-        if metadata.get("format") == "difffit_fast-trainables":
-            return _trainables(path, metadata)
+        if kind == "trainables":
+            return _trainables(path)
     return _checkpoint(path)
 
 
 def _delta(path: Path) -> dict[str, Any]:
-    from ..difffit.config import DiffFitConfig
-    from ..difffit.delta import read_delta
-
-    tensors, metadata = read_delta(path)
-    config = metadata.pop("config")
-    preset = DiffFitConfig.resolve(metadata.pop("difffit"))
-    base = metadata.pop("base_hash")
-    names = metadata.pop("class_names", None)
-    for key in ("format", "version"):
-        metadata.pop(key)
+    tensors, header = read_delta(path)
+    preset, config = header["difffit"], header["config"]
     return {
         "kind": "delta of difffit_fast",
         "file": _size(path),
         "trainable parameters": sum(t.numel() for t in tensors.values()),
         "preset": preset.name if preset.name != "custom" else preset.to_json(),
-        **_sizes(config),
-        "base hash": base,
-        **metadata,
-        "class names": names,
+        "model": model_name(config, header.get("objective")),
+        **_model(config, header["pos_embed_scale"], _pixels(header)),
+        "base hash": header["base_hash"],
+        **_rest(header),
     }
 
 
-def _trainables(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    from safetensors import safe_open
-
+def _trainables(path: Path) -> dict[str, Any]:
+    header = read_header(path)
     with safe_open(path, "pt") as file:
-        count = sum(_count(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (not a mapping)
-    metadata = {key: value for key, value in metadata.items() if key not in ("format", "version")}
-    return {"kind": "trainables", "file": _size(path), "trainable parameters": count, **metadata}
+        count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (not a mapping)
+    facts: dict[str, Any] = {"kind": "trainables", "file": _size(path), "trainable parameters": count}
+    if header.get("config"):
+        facts["model"] = model_name(header["config"], header.get("objective"))
+        facts |= _model(header["config"], header.get("pos_embed_scale"), _pixels(header))
+    return {**facts, **_rest(header)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from ..difffit.checkpoint import infer_config, load_dit_state_dict, pixels_per_cell
-    from ..models.dit import DIT_SIZES
-
-    state = load_dit_state_dict(path)
-    metadata = safetensors_metadata(path) if path.suffix == ".safetensors" else {}
-    recorded = metadata.get("config")
-    hidden = state["x_embedder.proj.weight"].shape[0]
-    heads = {sizes["hidden_size"]: sizes["num_heads"] for sizes in DIT_SIZES.values()}
-    known = isinstance(recorded, dict) or hidden in heads
-    config = recorded if isinstance(recorded, dict) else infer_config(state, num_heads=heads.get(hidden, 1))
-    if not known:
-        config = {**config, "num_heads": "not recorded"}
-    gammas = sum(".gamma" in key for key in state)
+    file = read_model(path)
+    name, names = file.weights
     return {
-        "kind": "DiT with DiffFit's parameters, not merged" if gammas else "DiT checkpoint",
+        "kind": "DiT with DiffFit's parameters, not merged" if file.is_difffit else "DiT checkpoint",
         "file": _size(path),
-        "parameters": sum(t.numel() for t in state.values()),
-        **_sizes(config),
-        "image size": config["input_size"] * pixels_per_cell(config["in_channels"]),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in state.values()}),
-        "tensors": len(state),
-        **{key: metadata[key] for key in ("step", "method", "objective", "vae", "class_names") if key in metadata},
+        "parameters": sum(t.numel() for t in file.state.values()),
+        "model": file.name,
+        **_model(file.config, file.pos_embed_scale, file.image_size),
+        "objective": file.objective,
+        "weights": f"{name} (of {', '.join(names)})" if len(names) > 1 else name or None,
+        "recorded": sorted(file.recorded) or None,
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.state.values()}),
+        "tensors": len(file.state),
+        **{key: value for key, value in _rest(file.header).items() if key != "objective"},
     }
 
 
-def _folder(path: Path) -> dict[str, Any]:
-    from ..data.shards import INDEX_FILE
-    from ..train.runs import CONFIG_FILE
+def _model(config: dict[str, Any], pos_embed_scale: float | None, image_size: int) -> dict[str, Any]:
+    """What training and sampling will use."""
+    return {
+        "classes": config["num_classes"],
+        "null class": config["class_dropout_prob"] > 0,
+        "image size": image_size,
+        **{key: value for key, value in config.items() if key != "num_classes"},
+        "num_heads": "not recorded" if config["num_heads"] is None else config["num_heads"],
+        "positions": "not sine-cosine" if pos_embed_scale is None else f"scaled by {pos_embed_scale:g}",
+    }
 
-    if (path / CONFIG_FILE).is_file() and (path / "checkpoints").is_dir():
+
+def _pixels(header: dict[str, Any]) -> int:
+    config = header["config"]
+    return header.get("image_size") or config["input_size"] * pixels_per_cell(config["in_channels"])
+
+
+def _rest(header: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a header that are not told otherwise."""
+    told = (
+        "format",
+        "kind",
+        "version",
+        "config",
+        "difffit",
+        "base_hash",
+        "pos_embed_scale",
+        "image_size",
+        "architecture",
+    )
+    names = {"class_names": "class names"}
+    return {names.get(key, key): value for key, value in header.items() if key not in told}
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    if (path / RUN_SETTINGS).is_file() and (path / "checkpoints").is_dir():
         return _run(path)
     if (path / INDEX_FILE).is_file():
-        from ..data import LatentCache
-
         cache = LatentCache(path)
         return {
             "kind": f"cached {cache.kind}", "images": len(cache), "classes": cache.num_classes,
             "image size": cache.image_size, "shape": [cache.channels, cache.size, cache.size], "vae": cache.vae,
             "unreadable images": len(cache.report()), "class names": cache.class_names,
         }  # fmt: skip
-    raise DiffFitError(f"{path} is neither a run folder nor a folder of cached features")
+    try:
+        return _checkpoint(path)
+    except DiffFitError as error:
+        raise DiffFitError(f"{path} is neither a run folder nor a folder of cached features; and {error}") from error
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from ..train.checkpoint import CheckpointFolder
-    from ..train.runs import CONFIG_FILE
-    from ..train.track import read_metrics
-
     torn: list[str] = []
     folder = CheckpointFolder(path / "checkpoints")
     newest = folder.newest(torn.append)
@@ -139,30 +165,8 @@ def _run(path: Path) -> dict[str, Any]:
         "delta": str(newest.delta) if newest else None,
         "last loss": losses[-1] if losses else None,
         "torn": torn,
-        **read_yaml(path / CONFIG_FILE),
+        **read_yaml(path / RUN_SETTINGS),
     }
-
-
-def _sizes(config: dict[str, Any]) -> dict[str, Any]:
-    from ..models.dit import DIT_SIZES
-
-    name = next(
-        (
-            n
-            for n, s in DIT_SIZES.items()
-            if s["hidden_size"] == config["hidden_size"] and s["depth"] == config["depth"]
-        ),
-        None,
-    )
-    model = f"DiT-{name}/{config['patch_size']}" if name else "DiT of its own size"
-    return {"model": model, "classes": config["num_classes"], **{k: v for k, v in config.items() if k != "num_classes"}}
-
-
-def _count(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _size(path: Path) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 # What of the delta's metadata still holds for the merged model, and helps whoever samples from it.
-KEPT = ("config", "class_names", "image_size", "vae", "objective", "step")
+KEPT = ("class_names", "image_size", "vae", "objective", "step", "architecture")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +28,18 @@ def run(args: argparse.Namespace) -> int:
         raise DiffFitError(f"--out {out} exists; give --overwrite to replace it")
     if not out.parent.is_dir():
         raise DiffFitError(f"the folder of --out does not exist: {out.parent}")
-    from .._files import write_safetensors, write_torch
-    from ..sample import load_model
+    from .._files import write_torch
+    from ..models.header import record_in_state_dict, write_model_file
+    from ..models.load import load_model
 
-    loaded = load_model(args.ckpt, args.delta)  # float32: nothing is rounded before the merge
-    state = loaded.model.merge().state_dict()
+    loaded = load_model(args.ckpt, args.delta, merge=True)  # float32: nothing is rounded before the merge
+    state, model = loaded.model.state_dict(), loaded.model
+    header = {key: loaded.header[key] for key in KEPT if key in loaded.header}
+    header |= {"config": model.config, "pos_embed_scale": model.pos_embed_scale}
     if out.suffix == ".safetensors":
-        kept = {key: json.dumps(loaded.metadata[key]) for key in KEPT if key in loaded.metadata}
-        write_safetensors(out, state, {"format": "pt", **kept})
+        write_model_file(out, "model", state, header)
     else:
+        record_in_state_dict(state, header)
         write_torch(out, state)
     print(f"{out}: DiT of {sum(t.numel() for t in state.values()):,} parameters, {out.stat().st_size / 2**20:.1f} MiB")
     return 0

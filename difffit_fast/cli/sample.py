@@ -13,6 +13,8 @@ from .._devices import choose_device
 from .._files import sha256
 from .._processes import World
 from ..errors import DiffFitError
+from ..models.sizes import model_name
+from ..sample.sampler import DDPM_SAMPLERS, FLOW_METHODS, SAMPLERS
 
 FLOW_DEFAULT = "euler"
 
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--delta", help="what fine-tuning wrote, applied to the checkpoint")
     add("--merge", action="store_true", help="fold the delta into the weights first")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, if the file has both")
+    add("--weights", metavar="NAME", help="weights of this name, in a file that has several (see difffit inspect)")
     add("--model", metavar="NAME", help="check that the checkpoint is this one: DiT-XL/2, SiT-XL/2 and their kin")
     add("--num-heads", type=int, help="attention heads, for widths other than the published ones")
     add("--image-size", type=int, help="pixels (default: the model's own)")
@@ -97,36 +100,31 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _make_sampler(args: argparse.Namespace, device: torch.device) -> Any:
-    from ..sample import Sampler, load_model
-    from ..sample.loading import heads_of
+    from ..models.load import load_model
+    from ..sample import Sampler
 
     bf16 = torch.bfloat16 if args.precision == "bf16" else None
-    sizes = heads_of(args.model) if args.model else {}
     loaded = load_model(
         args.ckpt,
         args.delta,
         merge=args.merge,
-        weights="ema" if args.ema else "model",
-        num_heads=args.num_heads or sizes.get("num_heads"),
-        image_size=args.image_size if args.delta is None else None,
+        weights=args.weights or ("ema" if args.ema else "model"),
+        name=args.model,
+        num_heads=args.num_heads,
+        num_classes=args.num_classes,
+        image_size=args.image_size,
         compute_dtype=bf16,
         device=device,
     )
     model = loaded.model
-    for name, value in {**sizes, "num_classes": args.num_classes}.items():
-        if value is not None and getattr(model, name) != value:
-            asked = f"--model {args.model}" if name in sizes else "--num-classes"
-            raise DiffFitError(f"{asked} asks for {name} {value}; the model has {getattr(model, name)}")
-    if args.image_size is not None and args.image_size != loaded.image_size:
-        raise DiffFitError(f"--image-size {args.image_size}: the delta was made for {loaded.image_size} pixels")
-    _, sampler_name = _objective(args, loaded.metadata)
+    _, sampler_name = _objective(args, loaded.objective)
     sampler = Sampler(
         model,
         sampler_name,
         args.num_sampling_steps,
         _cfg_scale(args),
         int(args.cfg_channels) if args.cfg_channels.isdigit() else args.cfg_channels,
-        vae=args.vae or loaded.metadata.get("vae") or ("ema" if model.in_channels == 4 else "none"),
+        vae=args.vae or loaded.header.get("vae") or ("ema" if model.in_channels == 4 else "none"),
         eta=args.eta,
         batch_size=args.per_proc_batch_size,
         autocast=bf16 if args.delta is None or args.merge else None,
@@ -143,13 +141,10 @@ def _cfg_scale(args: argparse.Namespace) -> float:
     return 4.0 if args.num_fid_samples is None else 1.5
 
 
-def _objective(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[str, str]:
+def _objective(args: argparse.Namespace, recorded: str | None) -> tuple[str, str]:
     """Objective and sampler, one implying the other where only one is known."""
-    from ..sample.sampler import DDPM_SAMPLERS, FLOW_METHODS, SAMPLERS
-
     if args.sampler is not None and args.sampler not in SAMPLERS:
         raise DiffFitError(f"--sampler must be one of {', '.join(SAMPLERS)}; got {args.sampler!r}")
-    recorded = metadata.get("objective")
     if recorded and args.objective and recorded != args.objective:
         raise DiffFitError(f"the model was trained with --objective {recorded}; {args.objective} was asked for")
     objective = recorded or args.objective
@@ -199,12 +194,9 @@ def _sample_folder(args: argparse.Namespace, sampler: Any, world: Any) -> None:
 
 def folder_name(args: argparse.Namespace, sampler: Any) -> str:
     """``{model}-{ckpt}-size-{pixels}-vae-{vae}-cfg-{scale}-seed-{seed}``, as DiT names it, with the delta's name."""
-    from ..train.config import TrainConfig
-    from ..train.methods import model_name
-
     model = sampler.model
     stems = [Path(path).stem for path in (args.ckpt, args.delta) if path]
-    name = args.model or model_name(TrainConfig(), model)
+    name = args.model or model_name(model.config, "flow" if sampler.sampler in FLOW_METHODS else "ddpm")
     vae = os.path.basename(os.path.normpath(sampler.vae.name))
     size = model.input_size * sampler.vae.factor
     tail = f"size-{size}-vae-{vae}-cfg-{sampler.cfg_scale}-seed-{args.seed}"

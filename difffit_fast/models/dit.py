@@ -14,6 +14,7 @@ One block, with six vectors (shift, scale, gate for each branch) computed from t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .sizes import DIT_SIZES, PATCH_SIZES
+
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features
 LN_EPS = 1e-6
+STATE_DICT_KEY = "difffit_fast"  # in a state dict's metadata: what it says about itself (see .header)
 
 
 # ------------------------------------------------------------------------------------------------ fixed embeddings
@@ -220,7 +224,12 @@ class DiT(nn.Module):
     -> (N, out_channels, input_size, input_size), where out_channels = 2 * in_channels if ``learn_sigma`` (the noise
     prediction and the variance interpolation v) and in_channels otherwise. In training mode labels are dropped with
     ``class_dropout_prob``. The null class is ``num_classes``. Raises ``ValueError`` for sizes that do not fit.
+
+    Attributes:
+        pos_embed_scale: scale of the coordinates of the positional table; see :func:`sincos_pos_embed`.
     """
+
+    pos_embed_scale: float = 1.0
 
     def __init__(
         self,
@@ -262,6 +271,18 @@ class DiT(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor arguments: ``DiT(**model.config)`` has the same shape."""
         return {name: getattr(self, name) for name in DIT_ARGUMENTS}
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the class table has a row for dropped labels, without which a model cannot be guided."""
+        return self.y_embedder.embedding_table.num_embeddings > self.num_classes
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # What no tensor tells (heads, null class) travels in the metadata of the state dict, which torch.save keeps.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            said = {"config": self.config, "pos_embed_scale": self.pos_embed_scale}
+            destination._metadata[prefix[:-1]][STATE_DICT_KEY] = json.dumps(said, default=lambda number: number.item())
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -327,7 +348,7 @@ def guided_forward(
     each half's own. ``cfg_channels`` says what is guided: ``"first3"`` (what the public code does, and published
     numbers use), ``"all"`` the in_channels of the prediction, or a count of leading channels.
     """
-    if model.y_embedder.embedding_table.num_embeddings <= model.num_classes:
+    if not model.has_null_class:
         raise ValueError("guidance needs a null class, and a model built with class_dropout_prob=0 has none")
     if x.shape[0] % 2:
         raise ValueError(f"guidance expects a doubled batch (conditional half, null half), got {x.shape[0]} images")
@@ -378,14 +399,6 @@ def check_dit_inputs(x: Tensor, t: Tensor, y: Tensor, in_channels: int, input_si
 
 
 # ----------------------------------------------------------------------------------------------------------- sizes
-
-DIT_SIZES: dict[str, dict[str, int]] = {
-    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
-    "L": dict(depth=24, hidden_size=1024, num_heads=16),
-    "B": dict(depth=12, hidden_size=768, num_heads=12),
-    "S": dict(depth=12, hidden_size=384, num_heads=6),
-}
-PATCH_SIZES = (2, 4, 8)
 
 
 def _factory(size: str, patch_size: int) -> Callable[..., DiT]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,13 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..difffit.config import DiffFitConfig
 from ..errors import DiffFitError
 from ..ops import adaln, attention, frozen_linear, frozen_mlp, frozen_qkv, residual_adaln
 from ..ops._register import frozen_weight_error
 from ..ops.attention import BACKENDS
 from ..ops.gemm import keep_packed
-from .dit import LN_EPS, DiT, check_dit_inputs, sincos_pos_embed, timestep_embedding
+from .checkpoint import ModelFile, model_of, read_model
+from .delta import load_delta, save_delta
+from .difffit import DiffFitConfig
+from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, timestep_embedding
+from .merge import merge
 
 
 class Vectors(NamedTuple):
@@ -73,7 +75,7 @@ class FastDiffFitDiT(DiT):
         self.compute_dtype = compute_dtype
         self.attention = attention
         self.gradient_checkpointing = False
-        self.pos_embed_scale = 1.0
+        self.random_base: int | None = None  # the seed of the frozen weights, where they are random
         self._add_difffit_parameters()
         for name, p in self.named_parameters():
             p.requires_grad_(self.difffit.trains(name))
@@ -277,17 +279,16 @@ class FastDiffFitDiT(DiT):
     # -- construction --------------------------------------------------------------------------------------------------
     @classmethod
     def from_dit(cls, dit_or_state_dict: DiT | Mapping[str, Tensor], **kwargs: Any) -> FastDiffFitDiT:
-        """Take over a DiT or its state dict; sizes are inferred from the tensors (``num_heads`` where they cannot be)."""
-        from ..difffit.checkpoint import clean_state_dict, infer_config
+        """Take over a DiT or its state dict; sizes come from what it says of itself and its tensors.
 
+        ``kwargs``: of :meth:`from_pretrained` and of the constructor.
+
+        Raises:
+            DiffFitError: no DiT, or an argument that its tensors contradict.
+        """
+        model = cls._of_file(model_of(dit_or_state_dict), **kwargs)
         if isinstance(dit_or_state_dict, nn.Module):
-            state, config = dit_or_state_dict.state_dict(), dict(dit_or_state_dict.config)
-        else:
-            state = clean_state_dict(dit_or_state_dict, "the state dict")
-            heads, null_class = kwargs.get("num_heads"), kwargs.get("class_dropout_prob", 0.1) > 0
-            config = infer_config(state, num_heads=heads, null_class=null_class)
-        model = cls(**{**config, **kwargs})
-        model.load_state_dict(state)
+            model.random_base = getattr(dit_or_state_dict, "random_base", None)
         return model
 
     @classmethod
@@ -300,53 +301,70 @@ class FastDiffFitDiT(DiT):
         difffit: str | DiffFitConfig = "paper",
         compute_dtype: torch.dtype | None = None,
         pos_embed: str = "scaled",
+        weights: str = "ema",
         **kwargs: Any,
     ) -> FastDiffFitDiT:
-        """Read a DiT checkpoint for fine-tuning.
+        """Read a DiT or SiT checkpoint for fine-tuning.
 
         Args:
-            path: bare state dict, ``{"ema"}``, ``{"model"}`` or ``.safetensors``.
+            path: any checkpoint of one, see :func:`difffit_fast.models.state_dict.read_weights`.
             num_classes: classes of the new domain. If it differs from the checkpoint's, the class table is made anew (the
                 null class keeps its row) and a warning says so.
             image_size: in pixels (8 per latent cell). If it differs, the positional table is made anew.
             pos_embed: coordinates of a new positional table: "scaled" spans the range that the base was trained on
                 (DiffFit's way from 256 to 512), "native" counts patches, as in the public 512 model.
-            kwargs: further constructor arguments (``num_heads`` for unpublished widths, ``class_dropout_prob``, ``attention``).
+            weights: "ema" or "model" where a file has both, or the name of a set.
+            kwargs: further constructor arguments. ``num_heads`` for unpublished widths whose file does not record it;
+                ``class_dropout_prob=0`` for a table without a null class; ``attention``. Others must agree with the file.
 
         Raises:
-            DiffFitError: unreadable file, not a DiT, or impossible sizes.
+            DiffFitError: unreadable file, not a DiT, impossible sizes, or an argument that the file contradicts.
         """
-        from ..difffit.checkpoint import infer_config, load_dit_state_dict, pixels_per_cell
+        return cls._of_file(
+            read_model(path, weights), num_classes=num_classes, image_size=image_size, pos_embed=pos_embed,
+            difffit=difffit, compute_dtype=compute_dtype, **kwargs,
+        )  # fmt: skip
 
-        state = dict(load_dit_state_dict(path))
-        heads, null_class = kwargs.get("num_heads"), kwargs.get("class_dropout_prob", 0.1) > 0
-        config = infer_config(state, num_heads=heads, null_class=null_class)
-        scale = resize_pos_embed(state, config, image_size, pixels_per_cell(config["in_channels"]), pos_embed)
-        if num_classes is not None and num_classes != config["num_classes"]:
-            renew_class_table(state, config["num_classes"], num_classes, null_class)
-            config["num_classes"] = num_classes
-        model = cls(**{**config, **kwargs}, difffit=difffit, compute_dtype=compute_dtype)
-        model.load_state_dict(state)
-        model.pos_embed_scale = scale
+    @classmethod
+    def _of_file(
+        cls,
+        file: ModelFile,
+        *,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        input_size: int | None = None,
+        pos_embed: str | float = "scaled",
+        class_dropout_prob: float | None = None,
+        **kwargs: Any,
+    ) -> FastDiffFitDiT:
+        told = {key: kwargs.pop(key) for key in DIT_ARGUMENTS if key in kwargs}
+        file = file.expect(**told)
+        if class_dropout_prob is not None:
+            file = file.with_null_class(class_dropout_prob > 0)
+        file = file.adapt(num_classes=num_classes, image_size=image_size, input_size=input_size, pos_embed=pos_embed)
+        arguments = file.arguments()
+        if class_dropout_prob is not None:
+            arguments["class_dropout_prob"] = class_dropout_prob
+        try:
+            model = cls(**arguments, **kwargs)
+        except ValueError as error:
+            raise DiffFitError(f"the model cannot be built: {error}") from error
+        file.check_keys(model)
+        model.load_state_dict(file.state)
+        model.pos_embed_scale = 1.0 if file.pos_embed_scale is None else file.pos_embed_scale
         return model
 
     # -- the delta -----------------------------------------------------------------------------------------------------
     def save_delta(self, path: str | os.PathLike[str], **metadata: Any) -> None:
-        """Write the trainable parameters and what they belong to; see :func:`difffit_fast.difffit.delta.save_delta`."""
-        from ..difffit.delta import save_delta
-
+        """Write the trainable parameters and what they belong to; see :func:`difffit_fast.models.delta.save_delta`."""
         save_delta(self, path, **metadata)
 
     def load_delta(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """Load what :meth:`save_delta` wrote; see :func:`difffit_fast.difffit.delta.load_delta`."""
-        from ..difffit.delta import load_delta
-
+        """Load what :meth:`save_delta` wrote; see :func:`difffit_fast.models.delta.load_delta`."""
         return load_delta(self, path)
 
     def merge(self) -> DiT:
-        """An ordinary DiT that computes the same; see :func:`difffit_fast.difffit.merge.merge`."""
-        from ..difffit.merge import merge
-
+        """An ordinary DiT that computes the same; see :func:`difffit_fast.models.merge.merge`."""
         return merge(self)
 
 
@@ -369,41 +387,3 @@ def _share_storage(parameters: list[nn.Parameter]) -> Tensor:
     for p, start in zip(parameters, starts, strict=True):
         p.data = packed[start : start + p.shape[0]]
     return packed
-
-
-def resize_pos_embed(
-    state: dict[str, Tensor], config: dict[str, Any], image_size: int | None, cell: int, coordinates: str
-) -> float:
-    """Replace ``pos_embed`` for another image size, update ``config`` and return the scale of the coordinates."""
-    if coordinates not in ("scaled", "native"):
-        raise DiffFitError(f'pos_embed must be "scaled" or "native"; got {coordinates!r}')
-    if image_size is None:
-        return 1.0
-    if not isinstance(image_size, int):
-        raise DiffFitError(f"image_size must be one number, images are square; got {image_size!r}")
-    old, p = config["input_size"], config["patch_size"]
-    new, rest = divmod(image_size, cell)
-    if image_size <= 0 or rest or new % p:
-        raise DiffFitError(f"image_size must be a positive multiple of {cell * p} for this model; got {image_size}")
-    if new == old:
-        return 1.0
-    scale = old / new if coordinates == "scaled" else 1.0
-    table = sincos_pos_embed(config["hidden_size"], new // p, scale)
-    state["pos_embed"] = table.unsqueeze(0)
-    config["input_size"] = new
-    return scale
-
-
-def renew_class_table(state: dict[str, Tensor], old: int, new: int, null_class: bool) -> None:
-    """A new class table for ``new`` classes, N(0, 0.02) as in DiT's initialisation; the null class keeps its row."""
-    if new < 1:
-        raise DiffFitError(f"num_classes must be at least 1; got {new}")
-    key = "y_embedder.embedding_table.weight"
-    table = state[key]
-    rows = torch.empty(new, table.shape[1], dtype=torch.float32).normal_(std=0.02)
-    state[key] = torch.cat([rows, table[old:].float()]) if null_class else rows
-    warnings.warn(
-        f"the checkpoint has {old} classes and num_classes={new} was asked for: the class embedding is made anew"
-        + (", keeping the null class" if null_class else ""),
-        stacklevel=3,
-    )

@@ -85,7 +85,7 @@ class Sampler:
                 num_guided_channels(cfg_channels, model.in_channels)
             except ValueError as error:
                 raise DiffFitError(str(error)) from error
-            if model.y_embedder.embedding_table.num_embeddings <= model.num_classes:
+            if not model.has_null_class:
                 raise DiffFitError("this model was trained without a null class and cannot be guided; use cfg_scale=1")
         self.vae = load_vae(vae or "none", self.device) if vae is None or isinstance(vae, str) else vae.to(self.device)
         self._integrate = self._integrator(diffusion)

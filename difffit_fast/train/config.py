@@ -53,14 +53,19 @@ class TrainConfig:
     val_samples: int = _option(512, "images that the validation loss looks at, at most")
     num_workers: int = _option(4, "processes that prepare batches; 0: one thread of this process")
     # model
-    model: str | None = _option(None, "DiT-XL/2 and its eleven kin (default: that of --ckpt, else DiT-XL/2)")
+    model: str | None = _option(None, "DiT-XL/2, SiT-XL/2 and their kin (default: that of --ckpt, else DiT-XL/2)")
     model_args: dict = _option({}, "sizes other than the model's, e.g. depth=2 hidden_size=64 num_heads=2")
     ckpt: str | None = _option(None, "pre-trained DiT or SiT checkpoint (default: random weights, for trying out)")
+    num_heads: int | None = _option(None, "attention heads, for unpublished widths in files that do not record them")
     method: str = _option("difffit", "difffit, bitfit, full, lora, or another of difffit_fast.baselines")
     method_args: dict = _option({}, "options of the method, e.g. rank=16, or gamma_blocks=4 for difffit")
     difffit: str = _option("paper", "what DiffFit trains: paper, minimax, block, bitfit")
-    class_dropout_prob: float = _option(0.1, "how often a label is dropped, for classifier-free guidance")
-    objective: str = _option("ddpm", "ddpm (DiT: noise and learned variance) or flow (SiT)", ("ddpm", "flow"))
+    class_dropout_prob: float | None = _option(
+        None, "how often a label is dropped, for classifier-free guidance (default: 0.1 where there is a null class)"
+    )
+    objective: str | None = _option(
+        None, "ddpm (DiT: noise and learned variance) or flow (SiT) (default: that of the model)", ("ddpm", "flow")
+    )
     precision: str = _option(
         "auto", "arithmetic of the model; auto: bf16 where the device has it, else fp32", ("auto", "bf16", "fp32")
     )
@@ -139,12 +144,12 @@ class TrainConfig:
         """Check every setting on its own and against the others; returns self."""
         for f in fields(self):
             choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in choices:
+            if choices and getattr(self, f.name) not in (*choices, f.default):
                 raise DiffFitError(f"{flag(f.name)} must be one of {', '.join(choices)}; got {getattr(self, f.name)!r}")
         for name in ("global_batch_size", "accumulate", "log_every", "ckpt_every", "val_every",
                      "val_samples", "num_samples", "num_sampling_steps"):  # fmt: skip
             self._at_least(name, 1)
-        for name in ("image_size", "num_classes", "max_steps", "epochs"):
+        for name in ("image_size", "num_classes", "num_heads", "max_steps", "epochs"):
             self._at_least(name, 1)
         for name in ("num_workers", "weight_decay", "warmup_steps", "max_grad_norm", "keep_checkpoints", "sample_every",
                      "fid_every", "global_seed", "cfg_scale"):  # fmt: skip
@@ -154,7 +159,8 @@ class TrainConfig:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise DiffFitError(f"{flag(name)} must be positive; got {value}")
         for name in ("class_dropout_prob", "val_fraction", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
                 raise DiffFitError(f"{flag(name)} must be at least 0 and less than 1; got {getattr(self, name)}")
         if self.max_steps is not None and self.epochs is not None:
             raise DiffFitError(f"give --max-steps or --epochs, not both; got {self.max_steps} and {self.epochs}")

@@ -14,10 +14,9 @@ from .config import TrainConfig
 
 def make_sampler(model: nn.Module, config: TrainConfig, space: Any, autocast: torch.dtype | None) -> Sampler:
     """The sampler that the settings ask for; guided where the model has a null class."""
-    guided = model.y_embedder.embedding_table.num_embeddings > model.num_classes
     ddpm = config.objective == "ddpm"
     steps = min(config.num_sampling_steps, 1000) if ddpm else config.num_sampling_steps
-    scale = config.cfg_scale if guided else 1.0
+    scale = config.cfg_scale if model.has_null_class else 1.0
     return Sampler(model, "ddpm" if ddpm else "euler", steps, scale, vae=space, autocast=autocast)
 
 

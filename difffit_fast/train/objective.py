@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._devices import has_fast
 from .._processes import World
 from ..data.vae import LatentSpace, sample_moments
 from ..diffusion import FlowMatching, create_diffusion
-from ..errors import DiffFitError
 from .stream import Batch, ValidationStream, share
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -86,11 +85,3 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, str | None]:
     if name == "bf16" and not fast:
         return name, f"{where} does not compute in bf16, only emulates it: --precision fp32 will be faster"
     return name, None
-
-
-def check_objective(model: nn.Module, name: str, channels: int) -> None:
-    """The ddpm loss wants a variance exactly where the model says that it learns one."""
-    if getattr(model, "in_channels", channels) != channels:
-        raise DiffFitError(f"the model takes {model.in_channels} channels, but the data gives {channels}")
-    if name not in ("ddpm", "flow"):
-        raise DiffFitError(f"--objective must be ddpm or flow; got {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._files import write_safetensors
 from ..models.dit import DIT_ARGUMENTS
-
-TRAINABLES_FORMAT = "difffit_fast-trainables"  # of methods that are neither DiffFit nor full fine-tuning
-MODEL_FORMAT = "difffit_fast-model"  # a whole DiT under the public keys
+from ..models.header import write_model_file
 
 
 def write_output(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any]) -> None:
@@ -35,7 +31,9 @@ def write_output(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, me
     if whole:
         rest = {n: p.detach() for n, p in named.items() if n not in tensors} | dict(model.named_buffers())
         tensors = {**tensors, **{n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in rest.items()}}
-    strings = {"format": MODEL_FORMAT if whole else TRAINABLES_FORMAT, "version": "1"}
-    config = {key: getattr(model, key) for key in DIT_ARGUMENTS if hasattr(model, key)}
-    strings |= {k: json.dumps(v) for k, v in {"config": config, **metadata}.items() if v is not None}
-    write_safetensors(path, {name: t.to(torch.float32) for name, t in tensors.items()}, strings)
+    values = dict(metadata)
+    if all(hasattr(model, key) for key in DIT_ARGUMENTS):  # any module may be trained
+        values["config"] = {key: getattr(model, key) for key in DIT_ARGUMENTS}
+        values["pos_embed_scale"] = getattr(model, "pos_embed_scale", None)
+    kind = "model" if whole else "trainables"
+    write_model_file(path, kind, {name: t.to(torch.float32) for name, t in tensors.items()}, values)

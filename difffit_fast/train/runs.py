@@ -13,10 +13,10 @@ from typing import IO
 
 from .._files import TEMPORARY, beside, read_yaml
 from ..errors import DiffFitError
+from ..models.load import RUN_SETTINGS as CONFIG_FILE
 from .checkpoint import Checkpoint, CheckpointFolder
 from .config import TrainConfig
 
-CONFIG_FILE = "config.yaml"
 BIRTH_SECONDS = 60
 _RUN = re.compile(r"^(\d{3,})-(.+)$")
 

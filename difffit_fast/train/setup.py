@@ -12,10 +12,9 @@ from torch import nn
 from ..data import ImageFolder, LatentSpace, PixelSpace, TrainingData, load_vae, open_data
 from ..data.shards import INDEX_FILE
 from ..errors import DiffFitError
-from ..models.dit import LabelEmbedder
 from .config import DEFAULT_STEPS, TrainConfig
-from .methods import build_model
-from .objective import DTYPES, Objective, check_objective
+from .methods import build_model, objective_of, read_base
+from .objective import DTYPES, Objective
 from .stream import TrainStream, ValidationStream, choose, hold_out
 
 
@@ -65,13 +64,14 @@ def assemble(
     val_data = val_data if val_data is not None else _open_validation(config, data)
 
     dtype = DTYPES[config.precision]
+    base = read_base(config) if model is None else None
+    config = config.replace(objective=objective_of(config, base))
     if model is None:
         model = build_model(
-            config, channels=channels, input_size=size, pixels_per_cell=data.image_size // size,
-            num_classes=num_classes, dtype=dtype,
+            config, channels=channels, input_size=size, num_classes=num_classes, dtype=dtype, base=base,
+            class_names=data.class_names if num_classes == data.num_classes else None,
         )  # fmt: skip
     _compare_with_data(model, channels, size)
-    check_objective(model, config.objective, channels)
     own_arithmetic = hasattr(model, "compute_dtype") and model.compute_dtype is not None
     autocast = None if own_arithmetic or dtype == torch.float32 else dtype
     objective = Objective(config.objective, getattr(model, "learn_sigma", True), vae, autocast)
@@ -83,7 +83,7 @@ def assemble(
         indices, held = hold_out(len(data), config.val_fraction, config.global_seed)
     shape = (channels, size, size)
     common: dict[str, Any] = {"null_class": num_classes, "encode": vae is not None, "noise_shape": shape}
-    drop = config.class_dropout_prob if _has_null_class(model) else 0.0
+    drop = _label_dropout(config, model)
     stream = TrainStream(data, config.global_seed, drop_prob=drop, indices=indices, **common)
     validation = None
     if val_data is not None or held is not None:
@@ -98,7 +98,7 @@ def assemble(
     total = _total_steps(config, len(stream))
     effective = config.replace(
         image_size=data.image_size, vae=vae_name, num_classes=num_classes, lr=config.learning_rate, max_steps=total,
-        epochs=None,
+        epochs=None, class_dropout_prob=drop,
     )  # fmt: skip
     space = vae if vae is not None else _space(config, vae_name, on_pixels and vae is None, device)
     return Parts(effective, model, objective, stream, validation, space, names, total)
@@ -116,11 +116,14 @@ def _num_classes(config: TrainConfig, model: nn.Module | None, data: TrainingDat
     return count
 
 
-def _has_null_class(model: nn.Module) -> bool:
-    for module in model.modules():
-        if isinstance(module, LabelEmbedder):
-            return module.embedding_table.num_embeddings > module.num_classes
-    return True
+def _label_dropout(config: TrainConfig, model: nn.Module) -> float:
+    """How often labels are dropped: as the settings say, else as the model was made, and never without a null class."""
+    asked = config.class_dropout_prob
+    if not getattr(model, "has_null_class", True):
+        if asked:
+            raise DiffFitError(f"--class-dropout-prob is {asked}, but the model has no null class")
+        return 0.0
+    return getattr(model, "class_dropout_prob", 0.1) if asked is None else asked
 
 
 def _open(config: TrainConfig) -> TrainingData:

@@ -25,7 +25,9 @@ from .._devices import choose_device
 from .._processes import LostProcessError, World
 from ..data.base import TrainingData, visit_seed
 from ..errors import DiffFitError
+from ..models.delta import base_hash, read_delta
 from ..models.dit import LabelEmbedder
+from ..models.sizes import model_name
 from ..sample import Sampler, save_grid
 from .checkpoint import (
     CheckpointFolder,
@@ -39,7 +41,6 @@ from .checkpoint import (
 from .config import TrainConfig
 from .ema import EMA
 from .interrupt import Interrupt
-from .methods import model_name
 from .monitor import FrechetMonitor, make_sampler
 from .objective import choose_precision, validation_loss
 from .output import write_output
@@ -126,7 +127,7 @@ class Trainer:
         self.validation, self.space, self.class_names = parts.validation, parts.space, parts.class_names
         self.total_steps = parts.total_steps
         self.model = parts.model.to(self.device)
-        self.name = model_name(self.config, self.model)
+        self.name = self._name_of_model()
         if self.config.fsdp:
             self._shard()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -148,6 +149,11 @@ class Trainer:
         self._heard = False  # several processes: all know that one was told to stop
         self._lock: RunLock | None = None
         self._begun = False
+
+    def _name_of_model(self) -> str:
+        if hasattr(self.model, "hidden_size"):
+            return model_name(vars(self.model), self.config.objective)
+        return self.config.model or type(self.model).__name__
 
     def _shard(self) -> None:
         """FSDP2: weights, gradients and optimizer state spread over the processes, block by block."""
@@ -411,8 +417,6 @@ class Trainer:
 
     def _compare_base(self, delta: Path) -> None:
         if hasattr(self.model, "save_delta"):
-            from ..difffit.delta import base_hash, read_delta
-
             theirs = read_delta(delta)[1].get("base_hash")
             if theirs != base_hash(self.model):
                 base = f"--ckpt {self.config.ckpt}" if self.config.ckpt else "the random one of this seed"

@@ -1,14 +1,9 @@
-"""The delta: the trainable parameters in a .safetensors file, with what they belong to in its metadata.
-
-Metadata (all strings, as the format asks): ``format`` "difffit_fast-delta", ``version``, ``base_hash`` (of the frozen
-weights), ``config`` (the DiT's arguments), ``difffit`` (what trains), ``pos_embed_scale``, ``class_names`` and whatever
-else the caller adds, the last six as JSON.
-"""
+"""The delta: the trainable parameters in a .safetensors file, under a header that says what they belong to (:mod:`.header`)."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,15 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import write_safetensors
 from ..errors import DeltaMismatchError, DiffFitError
-from .config import DiffFitConfig
+from .difffit import DiffFitConfig
+from .header import read_header, write_model_file
 
 if TYPE_CHECKING:
-    from ..models.fast_dit import FastDiffFitDiT
-
-FORMAT = "difffit_fast-delta"
-VERSION = 1
+    from .fast_dit import FastDiffFitDiT
 
 
 def base_hash(model: torch.nn.Module) -> str:
@@ -70,38 +62,45 @@ def save_delta(
         own = {name: tensors[name].detach() for name in own}
     if class_names is not None and len(class_names) != model.num_classes:
         raise DiffFitError(f"class_names must name {model.num_classes} classes; got {len(class_names)}")
-    header = {
-        "config": model.config,
-        "difffit": json.loads(model.difffit.to_json()),
-        "pos_embed_scale": model.pos_embed_scale,
-        "class_names": None if class_names is None else list(class_names),
-        **metadata,
-    }
-    strings = {"format": FORMAT, "version": str(VERSION), "base_hash": _cached_hash(model)}
-    strings |= {key: json.dumps(value) for key, value in header.items() if value is not None}
     path = Path(path)
     if not path.parent.is_dir():
         raise DiffFitError(f"the folder for the delta does not exist: {path.parent}")
-    write_safetensors(path, {n: t.to("cpu", torch.float32) for n, t in own.items()}, strings)
+    header = {
+        "config": model.config,
+        "difffit": dataclasses.asdict(model.difffit),
+        "pos_embed_scale": model.pos_embed_scale,
+        "class_names": None if class_names is None else list(class_names),
+        "base_hash": cached_base_hash(model),
+        "random_base": model.random_base,
+        **metadata,
+    }
+    write_model_file(path, "delta", {n: t.to("cpu", torch.float32) for n, t in own.items()}, header)
 
 
 def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and decoded metadata of a delta file, without a model."""
+    """Tensors and header of a delta file, without a model; ``header["difffit"]`` is a :class:`DiffFitConfig`.
+
+    Raises:
+        DiffFitError: the file is missing, unreadable, or no delta.
+    """
     path = Path(path)
     if not path.is_file():
         raise DiffFitError(f"delta not found: {path}")
     try:
+        header = read_header(path)
+    except DiffFitError as error:
+        raise DiffFitError(f"{path} cannot be used as a delta: {error}") from error
+    if header.get("kind") != "delta":
+        raise DiffFitError(f"{path} is not a delta of difffit_fast: its metadata does not say so")
+    if missing := [key for key in ("config", "difffit", "base_hash", "pos_embed_scale") if header.get(key) is None]:
+        raise DiffFitError(f"{path} cannot be used: its metadata lacks {missing[0]}")
+    header["difffit"] = DiffFitConfig.resolve(header["difffit"])
+    try:
         with safe_open(path, "pt") as file:
-            strings = file.metadata() or {}
-            if strings.get("format") != FORMAT:
-                raise DiffFitError(f"{path} is not a delta of difffit_fast: its metadata has no format={FORMAT!r}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise DiffFitError(f"cannot read delta {path}: {error}") from error
-    if int(strings["version"]) > VERSION:
-        raise DiffFitError(f"{path} has delta version {strings['version']}; this package reads up to {VERSION}")
-    plain = ("format", "version", "base_hash")
-    return tensors, {k: v if k in plain else json.loads(v) for k, v in strings.items()}
+    return tensors, header
 
 
 @torch.no_grad()
@@ -121,19 +120,21 @@ def load_delta(model: FastDiffFitDiT, path: str | os.PathLike[str]) -> dict[str,
     ):  # fmt: skip
         if config[key] != mine[key]:
             raise DeltaMismatchError(f"{path} was made for {label} {config[key]}; the model has {label} {mine[key]}")
-    theirs = DiffFitConfig.resolve(metadata["difffit"])
+    theirs = metadata["difffit"]
     if theirs != model.difffit:
         raise DeltaMismatchError(
             f"{path} was made with difffit={theirs.name} {theirs.to_json()}; the model has {model.difffit.name} "
             f"{model.difffit.to_json()}"
         )
-    if metadata["pos_embed_scale"] != model.pos_embed_scale:
+    # Version 1 recorded the scale of a table that it had made itself, and 1 for any that came with the base.
+    own_table = metadata["version"] == 1 and metadata["pos_embed_scale"] == 1
+    if metadata["pos_embed_scale"] != model.pos_embed_scale and not own_table:
         raise DeltaMismatchError(
             f"{path} was made with positions scaled by {metadata['pos_embed_scale']}; the model has {model.pos_embed_scale}"
         )
-    if metadata["base_hash"] != _cached_hash(model):
+    if metadata["base_hash"] != cached_base_hash(model):
         raise DeltaMismatchError(
-            f"{path} was made on the base {metadata['base_hash'][:12]}…; the model's base is {_cached_hash(model)[:12]}…"
+            f"{path} was made on the base {metadata['base_hash'][:12]}…; the model's base is {cached_base_hash(model)[:12]}…"
         )
     own = dict(model.named_parameters())
     missing = [name for name, _ in model.named_trainable_parameters() if name not in tensors]
@@ -145,7 +146,7 @@ def load_delta(model: FastDiffFitDiT, path: str | os.PathLike[str]) -> dict[str,
     return metadata
 
 
-def _cached_hash(model: FastDiffFitDiT) -> str:
+def cached_base_hash(model: FastDiffFitDiT) -> str:
     """:func:`base_hash`, computed again only after a frozen weight was replaced or written to."""
     key = tuple((p.data_ptr(), p._version) for p in model.parameters() if not p.requires_grad)
     cached = model.__dict__.get("_base_hash")

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from test_fast_dit import PRESETS, SMALL, batch, shake
 
 from difffit_fast import DiffFitConfig, DiffFitError, DiT, DiT_models, FastDiffFitDiT
-from difffit_fast.difffit.checkpoint import infer_config, load_dit_state_dict
-from difffit_fast.difffit.delta import read_delta
-from difffit_fast.difffit.merge import merge
 from difffit_fast.errors import DeltaMismatchError
+from difffit_fast.models.checkpoint import model_of
+from difffit_fast.models.delta import read_delta
+from difffit_fast.models.merge import merge
+from difffit_fast.models.state_dict import read_weights
 
 HEADS = dict(num_heads=3)
 
@@ -183,7 +184,7 @@ def test_delta_errors(tmp_path) -> None:
     with pytest.raises(DiffFitError, match="delta not found"):
         fast.load_delta(tmp_path / "none.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    with pytest.raises(DiffFitError, match="cannot read delta"):
+    with pytest.raises(DiffFitError, match="cannot be used as a delta: cannot read"):
         fast.load_delta(tmp_path / "junk.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(DiffFitError, match="is not a delta of difffit_fast"):
@@ -206,9 +207,9 @@ def test_every_kind_of_checkpoint_file(tmp_path) -> None:
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "ddp.pt")
     save_file(state, tmp_path / "s.safetensors")
     for name, want in (("bare.pt", state), ("train.pt", ema), ("ddp.pt", state), ("s.safetensors", state)):
-        got = load_dit_state_dict(tmp_path / name)
+        got = read_weights(tmp_path / name).state
         assert set(got) == set(want) and all(torch.equal(got[k], want[k]) for k in want), name
-    assert torch.equal(load_dit_state_dict(tmp_path / "train.pt", prefer="model")["pos_embed"], state["pos_embed"])
+    assert torch.equal(read_weights(tmp_path / "train.pt", "model").state["pos_embed"], state["pos_embed"])
     model = FastDiffFitDiT.from_pretrained(tmp_path / "train.pt", **HEADS)
     assert model.config == DiT(**SMALL).config
     torch.testing.assert_close(model.blocks[1].mlp.fc1.weight.data, ema["blocks.1.mlp.fc1.weight"])
@@ -218,15 +219,13 @@ def test_every_kind_of_checkpoint_file(tmp_path) -> None:
 def test_sizes_are_inferred_for_all_twelve(name: str) -> None:
     with torch.device("meta"):
         model = DiT_models[name](input_size=32, num_classes=10, learn_sigma=name.startswith("DiT-XL"))
-    assert infer_config(model.state_dict()) == model.config
+    assert model_of(dict(model.state_dict())).config == model.config  # a plain dictionary carries no record
 
 
 def test_new_class_count_remakes_the_table_keeps_the_null_class_and_says_so(tmp_path) -> None:
     dit = shake(DiT(**SMALL))
     torch.save(dit.state_dict(), tmp_path / "c.pt")
-    with pytest.warns(
-        UserWarning, match="has 5 classes and num_classes=9 was asked for: the class embedding is made anew"
-    ):
+    with pytest.warns(UserWarning, match="has 5 classes and 9 were asked for: the class embedding is made anew"):
         model = FastDiffFitDiT.from_pretrained(tmp_path / "c.pt", num_classes=9, **HEADS)
     table = model.y_embedder.embedding_table.weight
     assert table.shape[0] == 10 and model.num_classes == 9
@@ -252,13 +251,13 @@ def test_another_image_size_scales_the_coordinates(tmp_path) -> None:
 
 def test_checkpoint_errors(tmp_path) -> None:
     with pytest.raises(DiffFitError, match="checkpoint not found"):
-        load_dit_state_dict(tmp_path / "none.pt")
+        read_weights(tmp_path / "none.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(DiffFitError, match="cannot read checkpoint"):
-        load_dit_state_dict(tmp_path / "junk.pt")
+        read_weights(tmp_path / "junk.pt")
     torch.save({"conv.weight": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(DiffFitError, match=r"is not a DiT: .*it has conv.weight"):
-        load_dit_state_dict(tmp_path / "other.pt")
-    torch.save(DiT(**SMALL).state_dict(), tmp_path / "c.pt")
-    with pytest.raises(DiffFitError, match="a DiT of width 48 is none of the published sizes"):
+        read_weights(tmp_path / "other.pt")
+    torch.save(dict(DiT(**SMALL).state_dict()), tmp_path / "c.pt")
+    with pytest.raises(DiffFitError, match="a DiT of width 48, which is none of the published sizes"):
         FastDiffFitDiT.from_pretrained(tmp_path / "c.pt")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..models.dit import DiT
+from .dit import DiT
 
 if TYPE_CHECKING:
-    from ..models.fast_dit import FastDiffFitDiT
+    from .fast_dit import FastDiffFitDiT
 
 
 def _scale_rows(linear: nn.Linear, *gammas: Tensor | None) -> None:
@@ -59,4 +59,5 @@ def merge(model: FastDiffFitDiT, dtype: torch.dtype = torch.float32) -> DiT:
             _fold_norm(merged.adaLN_modulation[1], block.norm2, 3)
     if model.difffit.affine_norm:
         _fold_norm(dit.final_layer.adaLN_modulation[1], model.final_layer.norm_final, 0)
+    dit.pos_embed_scale = model.pos_embed_scale
     return dit.train(model.training)

@@ -1,0 +1,143 @@
+"""What every model file of this package says about itself: one schema, written and read here and nowhere else.
+
+A header is strings under names, as ``.safetensors`` keeps them; a ``.pt`` carries the same, as one string, in the metadata
+that PyTorch keeps beside a state dict (``state_dict._metadata[""]["difffit_fast"]``), where no reader of plain state dicts
+stumbles over it.
+
+========================= ================================================================================================
+``format``, ``kind``      "pt" and "model": a whole DiT; "difffit_fast-delta" and "delta": DiffFit's trainables;
+                          "difffit_fast-trainables" and "trainables": those of another method
+``version``               of this schema
+``base_hash``             of the frozen weights that a delta belongs to
+all others                JSON, see :data:`FIELDS`; a caller may add more
+========================= ================================================================================================
+
+Version 1 had no ``kind``; whole models then had the format "difffit_fast-model", or "pt" where they were merged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .._files import safetensors_metadata, write_safetensors
+from ..errors import DiffFitError
+from .dit import DIT_ARGUMENTS, STATE_DICT_KEY, check_dit_config
+
+VERSION = 2
+FORMATS = {"model": "pt", "delta": "difffit_fast-delta", "trainables": "difffit_fast-trainables"}
+_KINDS = {**{name: kind for kind, name in FORMATS.items()}, "difffit_fast-model": "model"}
+
+# Name -> the types its value may have, besides None.
+FIELDS: dict[str, tuple[type, ...]] = {
+    "config": (dict,),  # the DiT's constructor arguments
+    "pos_embed_scale": (int, float),  # of the coordinates of the positional table
+    "objective": (str,),  # "ddpm" or "flow"
+    "class_names": (list,),
+    "image_size": (int,),  # pixels
+    "vae": (str,),
+    "step": (int,),
+    "architecture": (str,),  # "DiT-XL/2"
+    "method": (str,),
+    "method_options": (dict,),
+    "difffit": (dict,),  # what a delta trains
+    "random_base": (int,),  # the seed that the base's random weights came from, where it was no checkpoint
+}
+_PLAIN = ("format", "kind", "version", "base_hash")
+
+
+def encode_header(kind: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """The strings of a header; values that are None are left out.
+
+    Raises:
+        DiffFitError: a value of the wrong type.
+    """
+    values = {key: value for key, value in values.items() if value is not None}
+    check_header(values, "the header to be written")
+    strings = {"format": FORMATS[kind], "kind": kind, "version": str(VERSION)}
+    return strings | {key: value if key in _PLAIN else json.dumps(value) for key, value in values.items()}
+
+
+def decode_header(strings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A header's values; ``kind`` is in it where the file is one of this package's, ``version`` is a number.
+
+    Raises:
+        DiffFitError: a later version, or an entry that is not what the schema says.
+    """
+    values: dict[str, Any] = {}
+    for key, text in strings.items():
+        if key in _PLAIN or not isinstance(text, str):
+            values[key] = text
+            continue
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            if key in FIELDS:
+                raise DiffFitError(f"{source}: {key} in its metadata is not JSON: {text[:60]!r}") from None
+            values[key] = text
+    kind = values.get("kind", _KINDS.get(values.get("format", "")))
+    if kind not in FORMATS:
+        return values
+    values["kind"] = kind
+    try:
+        values["version"] = int(values.get("version", 1))
+    except (TypeError, ValueError):
+        raise DiffFitError(f"{source}: its metadata has the version {values['version']!r}, not a number") from None
+    if values["version"] > VERSION:
+        raise DiffFitError(f"{source} has version {values['version']}; this package reads up to {VERSION}")
+    check_header(values, source)
+    return values
+
+
+def check_header(values: Mapping[str, Any], source: str) -> None:
+    """Raise :class:`DiffFitError` for an entry of the wrong type, or sizes that make no DiT."""
+    for key, types in FIELDS.items():
+        value = values.get(key)
+        if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise DiffFitError(f"{source}: {key} in its metadata should be {types[0].__name__}; it is {value!r:.60}")
+    names = values.get("class_names")
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise DiffFitError(f"{source}: class_names in its metadata should be text; it is {names!r:.60}")
+    if values.get("objective") not in (None, "ddpm", "flow"):
+        raise DiffFitError(f"{source}: objective in its metadata should be ddpm or flow; it is {values['objective']!r}")
+    config = values.get("config")
+    if config is None:
+        return
+    if odd := sorted(set(config) ^ set(DIT_ARGUMENTS)):
+        what = "has the unknown argument" if odd[0] in config else "lacks"
+        raise DiffFitError(f"{source}: config in its metadata {what} {odd[0]}")
+    for key, value in config.items():
+        expected = {"learn_sigma": (bool,), "mlp_ratio": (int, float), "class_dropout_prob": (int, float)}.get(
+            key, (int,)
+        )
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected != (bool,)):
+            raise DiffFitError(f"{source}: {key} in its metadata should be {expected[0].__name__}; it is {value!r:.60}")
+    try:
+        check_dit_config(config)
+    except ValueError as error:
+        raise DiffFitError(f"{source}: config in its metadata makes no DiT: {error}") from error
+
+
+def record_in_state_dict(state: Any, values: Mapping[str, Any]) -> None:
+    """Let a state dict that ``module.state_dict()`` made carry a whole header, through ``torch.save`` and back."""
+    state._metadata[""][STATE_DICT_KEY] = json.dumps(encode_header("model", values))
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a ``.safetensors`` file; without ``kind`` where it is not one of this package's.
+
+    Raises:
+        DiffFitError: the file cannot be read as one, or its header is not what the schema says.
+    """
+    return decode_header(safetensors_metadata(path), str(path))
+
+
+def write_model_file(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Write ``tensors`` under a header to a ``.safetensors`` file, beside and renamed; the same content, the same bytes."""
+    write_safetensors(path, tensors, encode_header(kind, values))

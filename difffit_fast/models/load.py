@@ -1,0 +1,141 @@
+"""From files to a model that can be used: a checkpoint, or a base with a delta on top."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._files import read_yaml
+from ..errors import DiffFitError
+from .checkpoint import ModelFile, pixels_per_cell, read_model
+from .delta import read_delta
+from .dit import DiT
+from .fast_dit import FastDiffFitDiT
+from .random_base import random_dit, seeded
+
+RUN_SETTINGS = "config.yaml"  # in a run's folder, beside its "checkpoints"
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode, and what its file says about itself.
+
+    ``header`` is what training recorded (``class_names, objective, vae, image_size, step``...); empty for public
+    checkpoints. ``objective`` is None where no file tells.
+    """
+
+    model: DiT
+    header: dict[str, Any]
+    objective: str | None
+    image_size: int
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.header.get("class_names")
+
+
+def load_model(
+    ckpt: str | os.PathLike[str] | None = None,
+    delta: str | os.PathLike[str] | None = None,
+    *,
+    merge: bool = False,
+    weights: str = "ema",
+    name: str | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Load ``ckpt``, or ``ckpt`` with ``delta`` applied on the fly (``merge=True``: folded into an ordinary DiT first).
+
+    Args:
+        ckpt: any DiT or SiT checkpoint; None with a delta that lies in its run folder, whose settings name the base.
+        weights: "ema" or "model" where a checkpoint has both, or the name of a set.
+        name: published name that the model should have, such as "SiT-XL/2".
+        num_heads: for widths that were never published, in files that do not record it.
+        num_classes: that the model should have.
+        image_size: pixels; another one than a checkpoint's makes a new positional table in scaled coordinates; with a
+            delta it must be the delta's.
+        compute_dtype: of the frozen weights, with a delta that is not merged.
+
+    Raises:
+        DiffFitError: a file is missing, unreadable, no DiT, contradicts what was asked for, or does not belong to the other.
+    """
+    if delta is None:
+        if ckpt is None:
+            raise DiffFitError("nothing to load: give a checkpoint, or a delta")
+        file = read_model(ckpt, weights).expect(name=name, num_heads=num_heads, num_classes=num_classes)
+        file = file.adapt(image_size=image_size)
+        model, header, objective, pixels = file.dit(), file.header, file.objective, file.image_size
+    else:
+        header = read_delta(delta)[1]
+        cell = pixels_per_cell(header["config"]["in_channels"])
+        pixels = header.get("image_size") or header["config"]["input_size"] * cell
+        objective = header.get("objective")
+        said = ModelFile({}, header["config"], str(delta), objective, 1.0, pixels, header, frozenset(header["config"]))
+        said = said.expect(name=name, num_heads=num_heads, num_classes=num_classes)
+        if image_size not in (None, pixels):
+            raise DiffFitError(f"image_size {image_size} was asked for; {delta} was made for {pixels} pixels")
+        model = _with_delta(ckpt, delta, header, weights, None if merge else compute_dtype)
+        model = model.merge() if merge else model
+        objective = said.objective
+    return LoadedModel(model.to(device).eval(), header, objective, pixels)
+
+
+def _with_delta(
+    ckpt: str | os.PathLike[str] | None,
+    delta: str | os.PathLike[str],
+    header: dict[str, Any],
+    weights: str,
+    compute_dtype: torch.dtype | None,
+) -> FastDiffFitDiT:
+    config, difffit = header["config"], header["difffit"]
+    found_by = ""
+    if ckpt is None:
+        ckpt, seed = _base_of(delta, header)
+        found_by = (
+            f", which {Path(delta).resolve().parent.parent / RUN_SETTINGS} names as the base of {delta}; give --ckpt"
+        )
+    if ckpt is None:
+        base = random_dit(config, seed)
+        model = FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
+        model.random_base = seed
+    else:
+        if found_by and not Path(ckpt).exists():
+            raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
+        file = read_model(ckpt, weights)
+        with warnings.catch_warnings(), seeded(0):
+            warnings.simplefilter("ignore")  # said when the delta was made; its class table replaces the random one
+            file = file.expect(num_heads=config["num_heads"])
+            file = file.with_null_class(config["class_dropout_prob"] > 0)
+            changed = file.config["num_classes"] != config["num_classes"]
+            if changed and not difffit.class_embedding:
+                raise DiffFitError(
+                    f"{delta} was made for {config['num_classes']} classes without training their embedding; "
+                    f"{ckpt} has {file.config['num_classes']}"
+                )
+            model = FastDiffFitDiT._of_file(
+                file, num_classes=config["num_classes"], input_size=config["input_size"],
+                pos_embed=header["pos_embed_scale"], class_dropout_prob=config["class_dropout_prob"],
+                difffit=difffit, compute_dtype=compute_dtype,
+            )  # fmt: skip
+    model.load_delta(delta)
+    return model
+
+
+def _base_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str | None, int]:
+    """The checkpoint that a delta was trained on, by the settings of its run; or None and the seed of random weights."""
+    if header.get("random_base") is not None:
+        return None, header["random_base"]
+    folder = Path(delta).resolve().parent
+    settings = folder.parent / RUN_SETTINGS
+    if folder.name != "checkpoints" or not settings.is_file():
+        raise DiffFitError(f"the base of {delta} is not known: it does not lie in its run folder; give --ckpt")
+    run = read_yaml(settings)
+    return run.get("ckpt"), run.get("global_seed", 0)

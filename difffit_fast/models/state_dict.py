@@ -1,0 +1,401 @@
+"""From a file to the state dict of a DiT, whatever training code has put around it.
+
+A checkpoint may be a bare state dict or hold several under names (``ema``, ``model``, ``state_dict``, ...), at any depth;
+keys may carry the names of wrappers anywhere (DDP, FSDP, torch.compile whole or by region, activation checkpointing,
+``AveragedModel``, Lightning, Fabric, DeepSpeed), and of the module that held the model. So nothing is looked up by a list
+of known layouts: the one key that every DiT has tells where a set of weights begins (:func:`weight_sets`).
+
+Nothing in a file is run. Objects of unknown classes (a ``pathlib.Path`` among the arguments, a NumPy scalar, a pickled
+module) are replaced by inert :class:`StandIn` objects, which are reported where weights were expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .._files import safetensors_metadata
+from .._words import first_line
+from ..errors import DiffFitError
+from .dit import STATE_DICT_KEY
+from .header import decode_header
+
+ANCHOR = "x_embedder.proj.weight"
+ROOTS = frozenset({"x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer"})
+WRAPPERS = frozenset({
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module",
+})  # fmt: skip
+# Parts beside a DiT in the checkpoints of others, which a DiT does not need.
+IGNORED = {"projectors": "the projectors of REPA", "n_averaged": "the counter of an average"}
+INDEX_FILES = (
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+WEIGHT_FILES = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Weights:
+    """The state dict of one set of weights, and what the file says beside it.
+
+    Attributes:
+        state: tensors under DiT's keys (and γ, LayerNorm where a DiffFit model was saved unmerged).
+        source: the file, for messages.
+        name: which set it is, "" for a bare state dict.
+        names: all sets in the file.
+        header: strings of a header, see :mod:`.header`; empty where there is none.
+        arguments: of the training script (``args``, ``hyper_parameters``), empty where there are none.
+    """
+
+    state: dict[str, Tensor]
+    source: str
+    name: str = ""
+    names: tuple[str, ...] = ("",)
+    header: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
+    """The weights of a DiT in a file, on the CPU, as they were stored.
+
+    Args:
+        path: ``.pt`` and its kin, ``.safetensors``, the index of a sharded checkpoint, or a folder that holds one of these.
+        weights: which set to take where the file has several: "ema" (averaged, else the others), "model" (not averaged),
+            or the name of one.
+
+    Raises:
+        DiffFitError: the file is missing, unreadable, holds no DiT, or values that are not finite.
+    """
+    path = _file(Path(path))
+    if path.name.endswith(".index.json"):
+        content, strings = _read_shards(path)
+    elif _is_safetensors(path):
+        content, strings = _read_safetensors(path), safetensors_metadata(path)
+    else:
+        content, strings = _read_torch(path), {}
+    return find_weights(content, str(path), weights, strings)
+
+
+def find_weights(
+    content: Any, source: str = "the state dict", weights: str = "ema", strings: Mapping[str, Any] | None = None
+) -> Weights:
+    """As :func:`read_weights`, for what a file holds."""
+    if (kind := decode_header(strings or {}, source).get("kind", "model")) != "model":
+        what = "a delta" if kind == "delta" else "the trainables of a method"
+        raise DiffFitError(f"{source} is {what}, not a checkpoint; a delta is given beside its base (--delta)")
+    if isinstance(content, StandIn):
+        raise DiffFitError(
+            f"{source} holds a pickled object of the class {content.name} instead of weights, and objects are not "
+            "unpickled here; save its state_dict() with torch.save, and give that file"
+        )
+    if not isinstance(content, Mapping):
+        raise DiffFitError(f"{source} holds a {type(content).__name__}, not a state dict")
+    sets = weight_sets(content, source)
+    name = _choose(sets, content, source, weights)
+    found = sets[name]
+    _check(found.state, source)
+    header = dict(strings or {}) or _header_beside(found.containers)
+    return Weights(found.state, source, name, tuple(sorted(sets)), header, _arguments(content))
+
+
+# -- sets of weights ---------------------------------------------------------------------------------------------------
+@dataclass
+class _Set:
+    state: dict[str, Tensor]
+    averaged: bool
+    containers: list[Mapping[Any, Any]]
+
+
+def weight_sets(content: Mapping[Any, Any], source: str) -> dict[str, _Set]:
+    """Every set of DiT weights in a checkpoint, by the names that lead to it ("" where none does).
+
+    Raises:
+        DiffFitError: there is none, or a key that belongs to no DiT stands among its keys.
+    """
+    tensors = list(_tensors(content, (), content))
+    places: dict[str, list[tuple[str, Tensor, Mapping[Any, Any]]]] = {}
+    by_path: dict[str, tuple[Tensor, Mapping[Any, Any]]] = {}
+    for words, tensor, container in tensors:
+        path = ".".join(word for word in words if word not in WRAPPERS)
+        if path in by_path:
+            raise DiffFitError(f"{source} holds {path} twice, under different wrappers")
+        by_path[path] = tensor, container
+    starts = {path[: -len(ANCHOR)] for path in by_path if path == ANCHOR or path.endswith("." + ANCHOR)}
+    if not starts:
+        raise DiffFitError(_no_dit(content, by_path, source))
+    for path, (tensor, container) in by_path.items():
+        start = max((s for s in starts if path.startswith(s)), key=len, default=None)
+        if start is not None:
+            places.setdefault(start, []).append((path[len(start) :], tensor, container))
+    sets = {}
+    for start, members in places.items():
+        homes = [container for key, _, container in members if key == ANCHOR]
+        state, averaged = {}, _is_averaged(start)
+        for key, tensor, container in members:
+            root = key.split(".")[0]
+            if root in ROOTS:
+                state[key] = tensor
+            elif any(container is home for home in homes):  # what lies elsewhere (an optimizer) is not the model's
+                averaged |= root == "n_averaged"
+                if root not in IGNORED:
+                    raise DiffFitError(f"{source} is not a DiT: it has the unknown key {start}{key}{_hint(key)}")
+        if any(key.split(".")[0] == "projectors" for key, _, _ in members):
+            warnings.warn(f"{source}: {IGNORED['projectors']} are left out", stacklevel=2)
+        sets[start.rstrip(".")] = _Set(state, averaged, homes)
+    return sets
+
+
+def _tensors(
+    value: Any, words: tuple[str, ...], container: Mapping[Any, Any]
+) -> Iterator[tuple[tuple[str, ...], Tensor, Mapping[Any, Any]]]:
+    """Every tensor in nested mappings, with the words of its path and the mapping that holds it."""
+    if isinstance(value, Tensor):
+        yield words, value, container
+    elif isinstance(value, Mapping) and len(words) < 64:
+        for key, inner in value.items():
+            if isinstance(key, str):
+                yield from _tensors(inner, (*words, *key.split(".")), value)
+
+
+def _is_averaged(start: str) -> bool:
+    """Whether the names that lead to a set say that it is an average: ema, ema_model, params_ema, averaged ..."""
+    words = [part for word in start.lower().split(".") for part in re.split(r"[_\W]", word)]
+    return "online" not in words and any(word in ("ema", "averaged", "average", "shadow", "swa") for word in words)
+
+
+def _choose(sets: Mapping[str, _Set], content: Mapping[Any, Any], source: str, weights: str) -> str:
+    if weights in sets:
+        return weights
+    if weights not in ("ema", "model"):
+        raise DiffFitError(f"{source} has no weights called {weights!r}; it has {', '.join(map(repr, sorted(sets)))}")
+    wanted = [name for name, found in sets.items() if found.averaged == (weights == "ema")]
+    if weights == "ema" and not wanted and _has_unnamed_average(content):
+        warnings.warn(
+            f"{source}: its averaged weights are a list without names, which cannot be told apart; the others are used",
+            stacklevel=2,
+        )
+    if weights == "model" and not wanted:
+        warnings.warn(f"{source} holds averaged weights only; they are used", stacklevel=2)
+    names = wanted or list(sets)
+    if len(names) > 1:
+        plain = [name for name in names if name in ("ema", "model", "state_dict", "")]
+        if len(plain) == 1:
+            return plain[0]
+        raise DiffFitError(
+            f"{source} holds several sets of weights: {', '.join(map(repr, sorted(sets)))}; say which one is meant "
+            "(weights=..., --weights)"
+        )
+    return names[0]
+
+
+def _has_unnamed_average(value: Any, depth: int = 0) -> bool:
+    if not isinstance(value, Mapping) or depth > 3:
+        return False
+    return isinstance(value.get("shadow_params"), list) or any(
+        _has_unnamed_average(v, depth + 1) for v in value.values()
+    )
+
+
+def _no_dit(content: Mapping[Any, Any], tensors: Mapping[str, Any], source: str) -> str:
+    objects = [f"{key} (a pickled {value.name})" for key, value in content.items() if isinstance(value, StandIn)]
+    if not tensors and objects:
+        return (
+            f"{source} holds pickled objects instead of weights: {', '.join(objects)}; objects are not unpickled here: save "
+            "their state_dict() with torch.save, and give that file"
+        )
+    known = ", ".join(list(tensors)[:3]) or f"no tensors, but {', '.join(map(str, list(content)[:5])) or 'nothing'}"
+    hint = next((_hint(key) for key in tensors if _hint(key)), "")
+    return f"{source} is not a DiT: it has no {ANCHOR} (it has {known}){hint}"
+
+
+def _hint(key: str) -> str:
+    """What a foreign key tells, and what to do."""
+    if "lora_" in key or "base_layer" in key:
+        return "; it looks like a model with LoRA layers: merge them first (PEFT: merge_and_unload)"
+    if "_flat_param" in key:
+        return "; it was saved by FSDP with flattened parameters: save it with StateDictType.FULL_STATE_DICT"
+    if key.startswith("transformer_blocks."):
+        return "; it looks like a transformer of diffusers, whose keys are others"
+    if "decoder" in key or key.startswith("encoder."):
+        return "; it looks like an autoencoder"
+    return ""
+
+
+def _check(state: Mapping[str, Tensor], source: str) -> None:
+    """Every tensor is floating and finite."""
+    for key, tensor in state.items():
+        if tensor.is_sparse or tensor.is_quantized or tensor.dtype not in FLOATING:
+            raise DiffFitError(
+                f"{source}: {key} is {str(tensor.dtype).removeprefix('torch.')}; weights must be float64, float32, "
+                "bfloat16 or float16 (a quantised checkpoint has to be dequantised first)"
+            )
+        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise DiffFitError(
+                f"{source}: {key} holds {bad} of {tensor.numel()} values that are NaN or infinite; the checkpoint is broken"
+            )
+
+
+# -- what else the file says -------------------------------------------------------------------------------------------
+def _header_beside(containers: list[Mapping[Any, Any]]) -> dict[str, Any]:
+    """The header that a state dict carries in its metadata."""
+    for container in containers:
+        metadata = getattr(container, "_metadata", None)
+        for entry in metadata.values() if isinstance(metadata, Mapping) else []:
+            text = entry.get(STATE_DICT_KEY) if isinstance(entry, Mapping) else None
+            with contextlib.suppress(TypeError, ValueError):
+                said = json.loads(text)
+                if isinstance(said, dict):  # strings of a whole header, or values of a model's own
+                    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in {"kind": "model", **said}.items()}
+    return {}
+
+
+def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """The arguments of the training script that are numbers or text."""
+    for key in ("args", "hyper_parameters", "hparams", "config"):
+        value = content.get(key)
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        if isinstance(value, Mapping):
+            return {str(k): v for k, v in value.items() if isinstance(v, (str, int, float))}
+    return {}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+def _file(path: Path) -> Path:
+    """The file to read for ``path``, which may be a folder with one checkpoint in it."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DiffFitError(f"checkpoint not found: {path}")
+    for name in (*INDEX_FILES, *WEIGHT_FILES):
+        if (path / name).is_file():
+            return path / name
+    if (path / ".metadata").is_file():
+        raise DiffFitError(
+            f"{path} is a distributed checkpoint; bring it into one file first: "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
+        )
+    if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
+        raise DiffFitError(f"{path} is a pipeline of diffusers, whose keys are others; a DiT checkpoint is expected")
+    if any(path.glob("*mp_rank_*")) or any(path.glob("*zero_pp_rank_*")):
+        raise DiffFitError(
+            f"{path} is a checkpoint of DeepSpeed; bring it into one file first with its zero_to_fp32.py"
+        )
+    raise DiffFitError(f"{path} is a folder without a checkpoint; expected a file, or a folder with {WEIGHT_FILES[0]}")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content: a length, then JSON."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise DiffFitError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[7] == 0)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DiffFitError(f"cannot read checkpoint {path}: {first_line(error)}") from error
+
+
+def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A checkpoint in several files, by its index."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(index.values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DiffFitError(f"{path} is not the index of a sharded checkpoint: {first_line(error)}") from error
+    if outside:
+        raise DiffFitError(f"{path} names the shard {outside[0]!r}, which does not lie beside it")
+    content: dict[str, Any] = {}
+    strings: dict[str, str] = {}
+    for name in names:
+        shard = path.with_name(name)
+        if not shard.is_file():
+            raise DiffFitError(f"{path} names the shard {name}, which is missing")
+        if _is_safetensors(shard):
+            content |= _read_safetensors(shard)
+            strings |= safetensors_metadata(shard)
+        else:
+            part = _read_torch(shard)
+            if not isinstance(part, Mapping):
+                raise DiffFitError(f"{shard} holds a {type(part).__name__}, not a state dict")
+            content |= part
+    if lost := sorted(set(index) - set(content)):
+        raise DiffFitError(f"{path} names {lost[0]}, which none of its shards holds")
+    return content, strings
+
+
+class StandIn:
+    """An inert object in place of one whose class is not loaded; it remembers the class's name and nothing is run."""
+
+    name = "object"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _stand_in(name: str) -> tuple[type[StandIn], str]:
+    return type("StandIn", (StandIn,), {"name": name}), name
+
+
+def _read_torch(path: Path) -> Any:
+    """What ``torch.save`` wrote; unknown classes become stand-ins."""
+    allowed: list[Any] = [argparse.Namespace]
+    with contextlib.suppress(Exception):  # an old format, or damage: found out below
+        allowed += [_stand_in(n) for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if n != _NAMESPACE]
+    for _ in range(100):  # old formats tell their classes one after another
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever the bytes make its parts raise
+            unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            if unknown is None or any(isinstance(a, tuple) and a[1] == unknown[1] for a in allowed):
+                raise DiffFitError(f"cannot read checkpoint {path}: {_plain(error)}") from error
+            allowed.append(_stand_in(unknown[1]))
+    raise DiffFitError(f"cannot read checkpoint {path}: it holds objects of too many unknown classes")
+
+
+_NAMESPACE = "argparse.Namespace"
+
+
+def _plain(error: Exception) -> str:
+    """PyTorch's reason in one line, without the escape codes and the advice to switch safety off."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    reason = re.search(r"WeightsUnpickler error: *(.+)", text)
+    if reason:
+        return f"it holds something that is neither weights nor plain values ({reason[1].strip()})"
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
