@@ -86,6 +86,8 @@ def _trainables(path: Path) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     file = read_model(path)
+    if not file.is_difffit:
+        file.check_keys(file.skeleton())
     name, names = file.weights
     return {
         "kind": "DiT with DiffFit's parameters, not merged" if file.is_difffit else "DiT checkpoint",

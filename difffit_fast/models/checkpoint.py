@@ -220,21 +220,25 @@ class ModelFile:
         Raises:
             DiffFitError: a key is missing, unknown or of another shape, or the file holds a DiffFit model.
         """
-        arguments = self.arguments()
+        self.arguments()
         if self.is_difffit:
             key = next(key for key in self.state if _is_extra(key))
             raise DiffFitError(
                 f"{self.source} is not a plain DiT: it has the unknown key {key}; it looks like a DiffFit model that was not "
                 "merged (difffit merge, model.merge())"
             )
-        with torch.device("meta"):
-            model = DiT(**arguments)
+        model = self.skeleton()
         self.check_keys(model)
         model.load_state_dict({key: value.float() for key, value in self.state.items()}, assign=True)
         for name, p in model.named_parameters():
             p.requires_grad_(name != "pos_embed")
         model.pos_embed_scale = 1.0 if self.pos_embed_scale is None else self.pos_embed_scale
         return model
+
+    def skeleton(self, **arguments: Any) -> DiT:
+        """A DiT of these sizes without values."""
+        with torch.device("meta"):
+            return DiT(**{**self.config, "num_heads": self.config["num_heads"] or 1, **arguments})
 
     def check_keys(self, model: nn.Module) -> None:
         """Raise unless the tensors are those of ``model``; its γ and LayerNorm may be missing."""

@@ -385,7 +385,7 @@ def _read_torch(path: Path) -> Any:
             unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             if unknown is None or any(isinstance(a, tuple) and a[1] == unknown[1] for a in allowed):
                 raise DiffFitError(f"cannot read checkpoint {path}: {_plain(error)}") from error
-            allowed.append(_stand_in(unknown[1]))
+            allowed += [_stand_in(module + unknown[1]) for module in ("", "builtins.", "__builtin__.")]
     raise DiffFitError(f"cannot read checkpoint {path}: it holds objects of too many unknown classes")
 
 
