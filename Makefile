@@ -3,7 +3,7 @@
 #
 #   make demo            adapt a small DiT to new images, three ways; a table, a sample grid and a loss plot
 #   make test            the test suite
-#   make lint            ruff
+#   make lint            ruff, and whether the README says what the measured files say
 #   make bench           benchmarks/speed.py: step time and memory of every mode    (ARGS="--dtype fp32 ...")
 #   make kernels         registers, spills and shared memory of the Triton kernels, compiled without a GPU
 #   make cuda-compile    compile every CUDA source for sm_80, sm_90a and sm_100, without a GPU
@@ -46,6 +46,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) benchmarks/plots.py --check
 
 bench: $(STAMP)
 	$(PY) benchmarks/speed.py $(ARGS)

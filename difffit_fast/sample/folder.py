@@ -11,41 +11,19 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from .._files import TEMPORARY, replacing, write_text
+from .._processes import World
 from ..errors import DiffFitError
 from .images import is_whole_png, save_png, to_uint8
 from .sampler import Sampler, resolve_labels
 
 SETTINGS_FILE = "sampling.json"
-
-
-class Processes(Protocol):
-    """What is asked of the processes that share the work; :class:`difffit_fast._processes.World` is one."""
-
-    rank: int
-    size: int
-
-    def main_first(self, action: Any) -> Any: ...
-    def agree(self, error: DiffFitError | None) -> None: ...
-
-
-class OneProcess:
-    """No other processes."""
-
-    rank, size = 0, 1
-
-    def main_first(self, action: Any) -> Any:
-        return action()
-
-    def agree(self, error: DiffFitError | None) -> None:
-        if error is not None:
-            raise error
 
 
 def sample_to_folder(
@@ -56,7 +34,7 @@ def sample_to_folder(
     labels: Sequence[int | str] | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
-    processes: Processes | None = None,
+    processes: World | None = None,
     progress: bool = True,
     npz: bool = True,
 ) -> Path | None:
@@ -72,7 +50,7 @@ def sample_to_folder(
     Raises:
         DiffFitError: the folder was begun with other settings, or cannot be written.
     """
-    processes = processes or OneProcess()
+    processes = processes or World()
     if num_images < 1:
         raise DiffFitError(f"the number of images must be at least 1; got {num_images}")
     sampler.check_decoder()
