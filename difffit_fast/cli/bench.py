@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--dtype", choices=("fp32", "bf16"))
     parser.add_argument("--device")
-    parser.add_argument(
-        "--modes", nargs="+", help="full, full-compile, frozen, frozen-compile, lora, fast, fast-compile"
-    )
+    parser.add_argument("--modes", nargs="+", help="some of the modes that benchmarks/speed.py knows (default: all)")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--json", metavar="PATH", help="write the measurements there")
 
