@@ -17,9 +17,9 @@ def forward(size: Size) -> Case:
 
 
 def backward(size: Size) -> Case:
-    x, (a, c) = size.stream(), size.vectors(2)
-    _, mean, rstd = adaln_forward(x, a, c, 1e-6, size.dtype)
-    return kernel_case("adaln", adaln_backward, size.branch(), x, a, mean, rstd)
+    x, (scale, shift) = size.stream(), size.vectors(2)
+    _, mean, rstd = adaln_forward(x, scale, shift, 1e-6, size.dtype)
+    return kernel_case("adaln", adaln_backward, size.branch(), x, scale, mean, rstd)
 
 
 KERNELS = {"adaln_forward": forward, "adaln_backward": backward}

@@ -1,4 +1,6 @@
-"""colsum: bias gradients as column sums, and γ and the query bias on qkv.
+"""colsum: the sum over the rows of a matrix, which is the gradient of a bias.
+
+On CUDA "ours" is the Triton kernel; bench_linear_gelu.py compares it with the one in CUDA C++.
 
 Command: python benchmarks/bench_colsum.py [--batches 32] [--widths 1152] [--json out.json]
 """
@@ -7,44 +9,16 @@ from __future__ import annotations
 
 import sys
 
-from common import Case, Size, kernel_case, main, nbytes
-from torch import Tensor
+from common import Case, Size, kernel_case, main
 
-from difffit_fast.ops.colsum import colsum, qkv_backward, qkv_scale
-
-
-def column_sum(size: Size) -> Case:
-    return kernel_case("colsum", colsum, size.rows(size.D))
+from difffit_fast.ops.colsum import colsum_reference
 
 
-def _gamma(size: Size) -> Tensor:
-    return 1 + size.draw(3 * size.D, scale=0.1).float()
+def colsum(size: Size) -> Case:
+    return kernel_case("colsum", colsum_reference, size.rows(size.D))
 
 
-def scale(size: Size) -> Case:
-    """In place: qkv is read and written."""
-    return kernel_case("colsum", qkv_scale, size.rows(3 * size.D), _gamma(size), size.draw(size.D).float(), in_place=0)
-
-
-def backward(size: Size) -> Case:
-    """Of qkv the key third is not read: Σ dk·k per channel is Σ dq·q."""
-    dqkv, qkv, gamma = size.rows(3 * size.D), size.rows(3 * size.D), _gamma(size)
-    moved = 2 * nbytes(dqkv) + nbytes(qkv) * 2 // 3 + 3 * nbytes(gamma)
-    return kernel_case("colsum", qkv_backward, dqkv, qkv, gamma, bytes=moved)
-
-
-def backward_without_gamma(size: Size) -> Case:
-    """Only the query third is read, and nothing but its sum is written."""
-    dqkv = size.rows(3 * size.D)
-    return kernel_case("colsum", qkv_backward, dqkv, None, None, bytes=nbytes(dqkv) // 3 + 4 * size.D)
-
-
-KERNELS = {
-    "colsum": column_sum,
-    "qkv_scale": scale,
-    "qkv_backward": backward,
-    "qkv_backward_no_gamma": backward_without_gamma,
-}
+KERNELS = {"colsum": colsum}
 
 if __name__ == "__main__":
     sys.exit(main("colsum", KERNELS, __doc__))

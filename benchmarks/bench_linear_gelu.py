@@ -34,16 +34,15 @@ def gelu_backward(dg: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def variants(M: int, D: int, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
     """For each operation the ways to compute it, on data of the model's size and spread."""
-    from difffit_fast.ops import linear_gelu as ours
-    from difffit_fast.ops import mlp
-    from difffit_fast.ops.dispatch import pick
+    from difffit_fast.ops import frozen_mlp
+    from difffit_fast.ops.dispatch import cuda_ops, pick
 
     N = 4 * D
     make = lambda *s, scale=1.0: (torch.randn(*s, device="cuda") * scale).to(dtype)  # noqa: E731
     h, w1, b1 = make(M, D), make(N, D, scale=D**-0.5), make(N, scale=0.1)
-    df, w2, u = make(M, D), make(D, N, scale=N**-0.5), make(M, N)
-    forward, backward = pick("mlp", mlp.gelu_forward, u), pick("mlp", mlp.gelu_backward, u)
-    ops = ours.cuda_ops()
+    dbranch, w2, u = make(M, D), make(D, N, scale=N**-0.5), make(M, N)
+    forward, backward = pick("frozen_mlp", frozen_mlp.gelu_forward, u), pick("frozen_mlp", frozen_mlp.gelu_backward, u)
+    ops = cuda_ops()
 
     def unfused_forward() -> tuple[Tensor, Tensor]:
         z = torch.addmm(b1, h, w1.t())
@@ -53,8 +52,8 @@ def variants(M: int, D: int, dtype: torch.dtype) -> dict[str, dict[str, Callable
         z = F.linear(h, w1, b1)
         return F.gelu(z, approximate="tanh"), z
 
-    def plain_backward(df: Tensor, w2: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        return gelu_backward(df @ w2, u)
+    def plain_backward(dbranch: Tensor, w2: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return gelu_backward(dbranch @ w2, u)
 
     compiled_forward = torch.compile(plain_forward, mode="max-autotune-no-cudagraphs", dynamic=False)
     compiled_backward = torch.compile(plain_backward, mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -65,24 +64,24 @@ def variants(M: int, D: int, dtype: torch.dtype) -> dict[str, dict[str, Callable
             "compile": lambda: compiled_forward(h, w1, b1),
         },
         "dgelu_dgrad": {
-            "mm": lambda: torch.mm(df, w2),
-            "unfused": lambda: backward(torch.mm(df, w2), u),
-            "compile": lambda: compiled_backward(df, w2, u),
+            "mm": lambda: torch.mm(dbranch, w2),
+            "unfused": lambda: backward(torch.mm(dbranch, w2), u),
+            "compile": lambda: compiled_backward(dbranch, w2, u),
         },
-        "colsum": {"triton": lambda: ours_colsum(u), "torch": lambda: u.sum(0, dtype=torch.float32)},
+        "colsum": {"triton": lambda: triton_colsum(u), "torch": lambda: u.sum(0, dtype=torch.float32)},
     }
     if ops is not None:
         table["linear_gelu"]["cublaslt"] = lambda: ops.linear_gelu(h, w1, b1)
-        table["dgelu_dgrad"]["cublaslt"] = lambda: ops.dgelu_dgrad(df, w2, u)
+        table["dgelu_dgrad"]["cublaslt"] = lambda: ops.dgelu_dgrad(dbranch, w2, u)
         table["colsum"]["cuda"] = lambda: ops.colsum(u)
     return table
 
 
-def ours_colsum(x: Tensor) -> Tensor:
-    from difffit_fast.ops.colsum import colsum
+def triton_colsum(x: Tensor) -> Tensor:
+    from difffit_fast.ops.colsum import colsum_reference
     from difffit_fast.ops.dispatch import pick
 
-    return pick("colsum", colsum, x)(x)
+    return pick("colsum", colsum_reference, x)(x)
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], None]:
@@ -125,11 +124,12 @@ def main() -> int:
         return 0
 
     from difffit_fast.ops import linear_gelu as ours
+    from difffit_fast.ops.dispatch import cuda_ops
 
     device = torch.cuda.get_device_name()
     where = f"{device}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuBLASLt {ours.report()['cublaslt']}"
     print(f"{where}, {options.dtype}, D = {options.width}\n")
-    if ours.cuda_ops() is None:
+    if cuda_ops() is None:
         print("The CUDA sources were not built: the columns cublaslt and cuda are missing.\n")
     print(f"{'operation':12} {'M':>6} {'variant':9} {'median µs':>10} {'10%':>8} {'90%':>8} {'TFLOP/s':>8} {'GB/s':>7}")
     rows = []

@@ -1,4 +1,4 @@
-"""residual: the end of a branch, y = x + s·f + r; and fused with the next LayerNorm (residual_adaln).
+"""residual: the end of a branch, y = x + gate·branch + bias; and fused with the next LayerNorm (residual_adaln).
 
 Command: python benchmarks/bench_residual.py [--batches 32] [--widths 1152] [--json out.json]
 """
@@ -30,9 +30,10 @@ def join_forward(size: Size) -> Case:
 
 
 def join_backward(size: Size) -> Case:
-    f, (s, r, a, c) = size.branch(), size.vectors(4)
-    y, _, mean, rstd = residual_adaln_forward(size.stream(), f, s, r, a, c, 1e-6)
-    return kernel_case("residual", residual_adaln_backward, size.branch(), size.stream(), y, f, s, a, mean, rstd)
+    branch, (gate, bias, scale, shift) = size.branch(), size.vectors(4)
+    y, _, mean, rstd = residual_adaln_forward(size.stream(), branch, gate, bias, scale, shift, 1e-6)
+    dh, dy = size.branch(), size.stream()
+    return kernel_case("residual", residual_adaln_backward, dh, dy, y, branch, gate, scale, mean, rstd)
 
 
 KERNELS = {

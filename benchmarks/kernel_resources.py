@@ -63,7 +63,7 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
 
     Sizes are those of a small batch: they decide the grid, which is not used, and no constant of a kernel.
     """
-    from difffit_fast.kernels import adaln, colsum, mlp, residual
+    from difffit_fast.kernels import adaln, colsum, frozen_mlp, frozen_qkv, residual
 
     B, T = 2, 256
     M, N = B * T, 4 * dim
@@ -82,12 +82,12 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "residual_adaln_forward": lambda: residual.residual_adaln_forward(x, h, v, v, v, v, 1e-6),
         "residual_adaln_backward": lambda: residual.residual_adaln_backward(h, x, x, h, v, v, stat, stat),
         "residual_adaln_backward, no dy": lambda: residual.residual_adaln_backward(h, None, x, h, v, v, stat, stat),
-        "gelu_forward": lambda: mlp.gelu_forward(u),
-        "gelu_backward": lambda: mlp.gelu_backward(u, u),
+        "gelu_forward": lambda: frozen_mlp.gelu_forward(u),
+        "gelu_backward": lambda: frozen_mlp.gelu_backward(u, u),
         "colsum": lambda: colsum.colsum(u),
-        "qkv_scale": lambda: colsum.qkv_scale(qkv, gamma, gamma[:dim]),
-        "qkv_backward": lambda: colsum.qkv_backward(qkv, qkv, gamma),
-        "qkv_backward, no gamma": lambda: colsum.qkv_backward(qkv, None, None),
+        "qkv_scale": lambda: frozen_qkv.qkv_scale(qkv, gamma, gamma[:dim]),
+        "qkv_backward": lambda: frozen_qkv.qkv_backward(qkv, qkv, gamma),
+        "qkv_backward, no gamma": lambda: frozen_qkv.qkv_backward(qkv, None, None),
     }
 
 
@@ -95,14 +95,14 @@ def compiled(arch: int, call: Callable[[], Any]) -> list[Any]:
     """The kernels that ``call`` would launch on ``arch``, compiled, in order."""
     from triton.runtime.driver import driver
 
-    from difffit_fast.kernels import adaln, colsum, config, mlp, residual, sums
+    from difffit_fast.kernels import adaln, colsum, config, frozen_mlp, frozen_qkv, residual, sums
 
     found: list[Any] = []
 
     def compile_instead(kernel: Any, programs: int, device: Any, *args: Any, **constants: Any) -> None:
         found.append(kernel.run(*args, grid=(programs,), warmup=True, **constants))
 
-    modules = [m for m in (adaln, colsum, mlp, residual, sums) if hasattr(m, "launch")]
+    modules = [m for m in (adaln, colsum, frozen_mlp, frozen_qkv, residual, sums) if hasattr(m, "launch")]
     saved = [(m, name, getattr(m, name)) for m in modules for name in ("launch", "architecture") if hasattr(m, name)]
     active = driver._active
     driver.set_active(_Driver(arch))

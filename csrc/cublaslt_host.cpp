@@ -44,7 +44,7 @@ Plan plan(Op op, int64_t M, int64_t N, int64_t K, Dtype dtype) {
   p.n = M;
   p.k = K;
   p.transb = kOpN;
-  p.b = {K, M, K};  // h or df, transposed by reading it column by column
+  p.b = {K, M, K};  // h or dbranch, transposed by reading it column by column
   p.d = {N, M, N};
   p.aux_ld = N;  // u has the layout of D
   p.bias_length = N;
@@ -62,7 +62,7 @@ Plan plan(Op op, int64_t M, int64_t N, int64_t K, Dtype dtype) {
     p.a = {N, K, N};
     p.epilogue = kEpilogueDgeluBgrad;
     p.a_tensor = "w2";
-    p.b_tensor = "df";
+    p.b_tensor = "dbranch";
     p.d_tensor = "du";
     p.bias_tensor = "db1";
   }

@@ -7,7 +7,8 @@
 // dimension cols, its transpose. So a row-major product is asked for as its transpose:
 //
 //     linear_gelu    u = h·W1ᵀ + b1, g = GELU(u)        as  Gᵀ = GELU(W1·hᵀ + b1)           N × M, GELU_AUX_BIAS
-//     dgelu_dgrad    du = (df·W2) ⊙ GELU'(u), db1 = Σ_m  as  duᵀ = (W2ᵀ·dfᵀ) ⊙ GELU'(uᵀ)     N × M, DGELU_BGRAD
+//     dgelu_dgrad    du = (dbranch·W2) ⊙ GELU'(u), db1 = Σ_m
+//                                             as  duᵀ = (W2ᵀ·dbranchᵀ) ⊙ GELU'(uᵀ)  N × M, DGELU_BGRAD
 //
 // Both outputs have N rows in column-major terms: the bias is indexed by row, the bias gradient is a sum over columns.
 #pragma once
@@ -63,7 +64,7 @@ struct Plan {
   const char *a_tensor, *b_tensor, *d_tensor, *aux_tensor, *bias_tensor;  // names of the row-major tensors
 };
 
-// linear_gelu: M rows of h, N rows of W1, K columns of both. dgelu_dgrad: M rows of df, N columns of W2, K rows of W2
+// linear_gelu: M rows of h, N rows of W1, K columns of both. dgelu_dgrad: M rows of dbranch, N columns of W2, K rows of W2
 // (the width that is summed over).
 Plan plan(Op op, int64_t M, int64_t N, int64_t K, Dtype dtype);
 

@@ -18,7 +18,7 @@ _EXPORTS = {
     "FastDiffFitDiT": "difffit_fast.models.fast_dit",
     "DiffFitConfig": "difffit_fast.models.difffit",
     "build_info": "difffit_fast._ext",
-    "kernel_report": "difffit_fast._ext",
+    "kernel_report": "difffit_fast.ops",
     "DiffFitError": "difffit_fast.errors",
     "load_model": "difffit_fast.models.load",
     "create_diffusion": "difffit_fast.diffusion",

@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+from ._rooms import room
+from .errors import DiffFitError
+
 # What the library must register. One that lacks some was built from other sources than this Python code.
 OPERATIONS = (
     "adaln_forward",
@@ -41,6 +44,7 @@ _PACKAGE = Path(__file__).parent
 _LOCK = threading.Lock()
 _warned = False
 _choices: dict[str, Callable[[], Any]] = {}
+_operations: dict[str, tuple[bool, str | None]] = {}
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -145,6 +149,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def register_operation(stem: str, has_triton: bool = True, cuda: str | None = None) -> None:
+    """Let :func:`kernel_report` tell where the operation ``stem`` runs.
+
+    Args:
+        has_triton: whether it has a Triton kernel.
+        cuda: what does it on CUDA where that is none of the package's own rooms.
+    """
+    _operations[stem] = (has_triton, cuda)
+
+
 def register_choice(name: str, describe: Callable[[], Any]) -> None:
     """Let ``describe()`` report an operation's run-time decisions under ``kernel_report()["choices"][name]``."""
     _choices[name] = describe
@@ -161,24 +175,20 @@ def kernel_report() -> dict[str, Any]:
     return {
         "kernels": info["kernels"],
         "extension": True if info["built"] else info["problem"],
-        "cpu": _rooms("cpu"),
-        "cuda": _rooms("cuda") if torch.cuda.is_available() else "no CUDA device",
+        "cpu": _where("cpu"),
+        "cuda": _where("cuda") if torch.cuda.is_available() else "no CUDA device",
         "choices": {name: describe() for name, describe in sorted(_choices.items())},
     }
 
 
-def _rooms(device: str) -> dict[str, dict[str, str]]:
-    from .errors import DiffFitError
-    from .ops.dispatch import room
-
-    def where(dtype: torch.dtype, stem: str) -> str:
-        if stem == "attention" and device == "cuda":
-            return "library (SDPA or xformers)"
+def _where(device: str) -> dict[str, dict[str, str]]:
+    def one(dtype: torch.dtype, has_triton: bool, cuda: str | None) -> str:
+        if device == "cuda" and cuda is not None:
+            return cuda
         try:
-            return room(torch.device(device), dtype, has_triton=stem != "attention")
+            return room(torch.device(device), dtype, load, has_triton)
         except DiffFitError as error:
             return f"error: {error}"
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    stems = ("adaln", "residual", "mlp", "colsum", "attention")
-    return {stem: {name: where(dtype, stem) for name, dtype in dtypes.items()} for stem in stems}
+    return {stem: {name: one(t, *about) for name, t in dtypes.items()} for stem, about in _operations.items()}

@@ -1,10 +1,11 @@
-"""adaln: h = x̂·a + c, x̂ = (x − mean)·rstd over D, with a and c one vector per sample.
+"""adaln: h = x̂·scale + shift, x̂ = (x − mean)·rstd over D, with scale and shift one vector per sample.
 
-Forward, per token:   mean = Σ_j x_j / D,   rstd = (Σ_j (x_j − mean)² / D + eps)^−½,   h = x̂·a + c
-Backward, with w = dh·a:   dx = rstd·(w − Σ_j w_j / D − x̂·Σ_j w_j x̂_j / D),   da = Σ_t dh·x̂,   dc = Σ_t dh
+Forward, per token:   mean = Σ_j x_j / D,   rstd = (Σ_j (x_j − mean)² / D + eps)^−½,   h = x̂·scale + shift
+Backward, with w = dh·scale:
+    dx = rstd·(w − Σ_j w_j / D − x̂·Σ_j w_j x̂_j / D),   dscale = Σ_t dh·x̂,   dshift = Σ_t dh
 
 Bytes per element (x, h in float32, bfloat16: 4, 2): forward reads x, writes h (6); backward reads dh, x, writes dx (10).
-Besides: a and c once per chunk of tokens, two float32 statistics per token, two partial sums per chunk.
+Besides: scale and shift once per chunk of tokens, two float32 statistics per token, two partial sums per chunk.
 
 Who owns what: a program owns a chunk of the tokens of one sample, all D columns. The sums over D are its own; the sums
 over tokens it keeps in registers, writes as one row of [B, chunks, D] and leaves to ``sums.finish``.
@@ -26,7 +27,7 @@ from .tiles import (
     multiply,
     multiply_add,
     norm_backward,
-    scale,
+    scale_rows,
     store_rows,
     store_sums,
     total,
@@ -37,7 +38,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _adaln_forward_kernel(
-    x_ptr, a_ptr, c_ptr, h_ptr, mean_ptr, rstd_ptr, eps, T, chunk_rows, chunks,
+    x_ptr, scale_ptr, shift_ptr, h_ptr, mean_ptr, rstd_ptr, eps, T, chunk_rows, chunks,
     D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
@@ -48,8 +49,8 @@ def _adaln_forward_kernel(
     h_ptr += token * D
     mean_ptr += token
     rstd_ptr += token
-    a = load_vector(a_ptr + sample * D, D, WIDTH)
-    c = load_vector(c_ptr + sample * D, D, WIDTH)
+    scale = load_vector(scale_ptr + sample * D, D, WIDTH)
+    shift = load_vector(shift_ptr + sample * D, D, WIDTH)
     next_x = load_rows(x_ptr, tl.arange(0, ROWS), count, D, WIDTH)
     start = 0
     while start < count:
@@ -61,14 +62,14 @@ def _adaln_forward_kernel(
         rstd = tl.rsqrt(total(multiply(x, x, D, WIDTH), D, WIDTH) / D + eps)
         tl.store(mean_ptr + rows[:, None], mean, mask=rows[:, None] < count)
         tl.store(rstd_ptr + rows[:, None], rstd, mask=rows[:, None] < count)
-        xhat = scale(x, rstd, D, WIDTH)
-        store_rows(h_ptr, multiply_add(xhat, a, c, D, WIDTH), rows, count, D, WIDTH)
+        xhat = scale_rows(x, rstd, D, WIDTH)
+        store_rows(h_ptr, multiply_add(xhat, scale, shift, D, WIDTH), rows, count, D, WIDTH)
         start += ROWS
 
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _adaln_backward_kernel(
-    dh_ptr, x_ptr, a_ptr, mean_ptr, rstd_ptr, dx_ptr, da_ptr, dc_ptr, T, chunk_rows, chunks,
+    dh_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dscale_ptr, dshift_ptr, T, chunk_rows, chunks,
     D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
@@ -80,9 +81,9 @@ def _adaln_backward_kernel(
     dx_ptr += token * D
     mean_ptr += token
     rstd_ptr += token
-    a = load_vector(a_ptr + sample * D, D, WIDTH)
-    da = zero_rows(D, ROWS, WIDTH)
-    dc = zero_rows(D, ROWS, WIDTH)
+    scale = load_vector(scale_ptr + sample * D, D, WIDTH)
+    dscale = zero_rows(D, ROWS, WIDTH)
+    dshift = zero_rows(D, ROWS, WIDTH)
     next_dh = load_rows(dh_ptr, tl.arange(0, ROWS), count, D, WIDTH)
     next_x = load_rows(x_ptr, tl.arange(0, ROWS), count, D, WIDTH)
     start = 0
@@ -94,23 +95,23 @@ def _adaln_backward_kernel(
         next_x = load_rows(x_ptr, rows + ROWS, count, D, WIDTH)
         mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)[:, None]
-        xhat = scale(centre(x, mean, D, WIDTH), rstd, D, WIDTH)
-        da = multiply_add(dh, xhat, da, D, WIDTH)
-        dc = add(dc, dh, D, WIDTH)
-        dx = norm_backward(multiply(dh, a, D, WIDTH), xhat, rstd, D, WIDTH)
+        xhat = scale_rows(centre(x, mean, D, WIDTH), rstd, D, WIDTH)
+        dscale = multiply_add(dh, xhat, dscale, D, WIDTH)
+        dshift = add(dshift, dh, D, WIDTH)
+        dx = norm_backward(multiply(dh, scale, D, WIDTH), xhat, rstd, D, WIDTH)
         store_rows(dx_ptr, dx, rows, count, D, WIDTH)
         start += ROWS
     part = tl.program_id(0).to(tl.int64) * D
-    store_sums(da_ptr + part, da, D, WIDTH)
-    store_sums(dc_ptr + part, dc, D, WIDTH)
+    store_sums(dscale_ptr + part, dscale, D, WIDTH)
+    store_sums(dshift_ptr + part, dshift, D, WIDTH)
 
 
 def adaln_forward(
-    x: torch.Tensor, a: torch.Tensor, c: torch.Tensor, eps: float, out_dtype: torch.dtype
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h = LayerNorm(x)·a + c.
+    """h = LayerNorm(x)·scale + shift.
 
-    Args: x [B, T, D]; a, c float32 [B, D]. Returns: h [B, T, D] in ``out_dtype``; mean, rstd float32 [B, T].
+    Args: x [B, T, D]; scale, shift float32 [B, D]. Returns: h [B, T, D] in ``out_dtype``; mean, rstd float32 [B, T].
     """
     B, T, D = x.shape
     h = torch.empty((B, T, D), dtype=out_dtype, device=x.device)
@@ -121,18 +122,18 @@ def adaln_forward(
     plan = row_plan("adaln_forward", architecture(x.device), D, vector(x, h))
     chunk_rows, chunks = chunks_of(T, plan, B)
     launch(
-        _adaln_forward_kernel, B * chunks, x.device, x, a, c, h, mean, rstd, eps, T, chunk_rows, chunks,
+        _adaln_forward_kernel, B * chunks, x.device, x, scale, shift, h, mean, rstd, eps, T, chunk_rows, chunks,
         D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return h, mean, rstd
 
 
 def adaln_backward(
-    dh: torch.Tensor, x: torch.Tensor, a: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+    dh: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of :func:`adaln_forward`: dx [B, T, D] in the type of x; da, dc float32 [B, D].
+    """Gradients of :func:`adaln_forward`: dx [B, T, D] in the type of x; dscale, dshift float32 [B, D].
 
-    Args: dh, x [B, T, D]; a float32 [B, D]; mean, rstd float32 [B, T] as the forward returned them.
+    Args: dh, x [B, T, D]; scale float32 [B, D]; mean, rstd float32 [B, T] as the forward returned them.
     """
     B, T, D = x.shape
     dx = torch.empty_like(x)
@@ -140,10 +141,10 @@ def adaln_backward(
         return dx, x.new_zeros((B, D), dtype=torch.float32), x.new_zeros((B, D), dtype=torch.float32)
     plan = row_plan("adaln_backward", architecture(x.device), D, vector(x, dh))
     chunk_rows, chunks = chunks_of(T, plan, B)
-    da = torch.empty((B, chunks, D), dtype=torch.float32, device=x.device)
-    dc = torch.empty((B, chunks, D), dtype=torch.float32, device=x.device)
+    dscale = torch.empty((B, chunks, D), dtype=torch.float32, device=x.device)
+    dshift = torch.empty((B, chunks, D), dtype=torch.float32, device=x.device)
     launch(
-        _adaln_backward_kernel, B * chunks, x.device, dh, x, a, mean, rstd, dx, da, dc, T, chunk_rows, chunks,
+        _adaln_backward_kernel, B * chunks, x.device, dh, x, scale, mean, rstd, dx, dscale, dshift, T, chunk_rows, chunks,
         D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
-    return dx, *finish(da, dc)
+    return dx, *finish(dscale, dshift)

@@ -135,7 +135,7 @@ def centre(pieces, mean, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def scale(pieces, factor, D: tl.constexpr, WIDTH: tl.constexpr):
+def scale_rows(pieces, factor, D: tl.constexpr, WIDTH: tl.constexpr):
     """pieces·factor, one factor per row: [ROWS, 1]."""
     out = ()
     for p in tl.static_range((D + WIDTH - 1) // WIDTH):

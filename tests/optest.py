@@ -1,26 +1,84 @@
-"""What every operation is tested for, in one place; the truth is plain PyTorch in float64."""
+"""What every operation is tested for, and how exactly; the truth is plain PyTorch in float64.
+
+Which operations there are, and in which sizes and types they are tested, is in op_cases.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from difffit_fast.ops import use_kernels
 from difffit_fast.ops.dispatch import cpp_ops
 
+# -- the one table of tolerances -------------------------------------------------------------------------------------
+# Of an operation: largest error relative to the largest value of the truth. bf16 has 8 bits, fp16 11, and there is one
+# rounding of the output and of each gradient; an operation that rounds more often says so (Case.roundings).
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+# Of a kernel alone, whose inputs are taken as they are: each value may be off by its own rounding, half a unit in the
+# last place, and by KERNEL_SLACK of the largest value, the arithmetic in float32.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+KERNEL_SLACK = 2e-6
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+# -- rooms -----------------------------------------------------------------------------------------------------------
 def rooms() -> list[str]:
-    """The implementations that run on this machine's CPU tensors; Triton's has tests of its own (interpreter)."""
+    """The implementations that run on this machine's CPU tensors in this process."""
     return ["reference", *(["cpp"] if cpp_ops() is not None else [])]
 
 
-# Largest error relative to the largest value of the truth; bf16 has 8 bits and one rounding of output and of gradients.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+# Where operations are tested: on the CPU in plain PyTorch, in C++ and in Triton's interpreter, and Triton on a GPU.
+ROOMS = {
+    "reference": (),
+    "cpp": (pytest.mark.skipif(cpp_ops() is None, reason="the C++ extension is not built"),),
+    "triton": (TRITON, pytest.mark.interpreter),
+    "gpu": (TRITON, pytest.mark.gpu),
+}
 
 
+@contextlib.contextmanager
+def in_room(room: str) -> Iterator[None]:
+    """Operations run there; on a GPU with float32 products in float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with use_kernels("triton" if room == "gpu" else room):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, every second of a wider tensor."""
+    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    wide[..., 1::2] = x
+    return wide[..., 1::2]
+
+
+def on_gpu(op: Callable) -> Callable:
+    """``op`` on the device, for inputs and results on the CPU. What is not contiguous here is not contiguous there."""
+
+    def carry(x: Tensor) -> Tensor:
+        there = x.to("cuda")
+        return there if x.is_contiguous() else strided(there)
+
+    def wrapped(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out = op(*map(carry, inputs))
+        return tuple(o.cpu() for o in out) if isinstance(out, tuple) else out.cpu()
+
+    return wrapped
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
 def draw(*shape: int, dtype: torch.dtype = torch.float64, shift: float = 0.0) -> Tensor:
     return (torch.randn(*shape, dtype=torch.float64) + shift).to(dtype)
 
@@ -31,6 +89,16 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None
         return
     error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-6)
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def close(name: str, got: Tensor, want: Tensor, slack: float = KERNEL_SLACK) -> None:
+    """A kernel's output against float64: its rounding, and ``slack`` of the largest value."""
+    assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if not want.numel():
+        return
+    got, unit = got.double().cpu(), ROUNDING[got.dtype]
+    excess = (got - want).abs() - 1.001 * unit * want.abs() - slack * want.abs().max()
+    assert excess.max() <= 0, f"{name}: off by {(got - want).abs().max():.2e} of {want.abs().max():.2e}"
 
 
 def run(
@@ -71,10 +139,18 @@ def check_numbers(
         assert first is None or torch.equal(first, second), "a second run gave other bits"
 
 
-def check_needs_input_grad(op: Callable, inputs: Sequence[Tensor], trainable: Sequence[bool]) -> None:
-    """Every combination of inputs that need a gradient gives those gradients, the same ones, and no others."""
+def check_needs_input_grad(
+    op: Callable, inputs: Sequence[Tensor], trainable: Sequence[bool], few: bool = False
+) -> None:
+    """Every combination of inputs that need a gradient gives those gradients, the same ones, and no others.
+
+    ``few``: only none, one and all.
+    """
     _, full = run(op, inputs, trainable)
-    for needs in itertools.product((False, True), repeat=sum(trainable)):
+    n = sum(trainable)
+    for needs in itertools.product((False, True), repeat=n):
+        if few and 1 < sum(needs) < n:
+            continue
         flags = iter(needs)
         combination = [next(flags) if t else False for t in trainable]
         _, grads = run(op, inputs, combination)
@@ -86,12 +162,6 @@ def check_needs_input_grad(op: Callable, inputs: Sequence[Tensor], trainable: Se
 
 def check_layouts(op: Callable, inputs: Sequence[Tensor], trainable: Sequence[bool]) -> None:
     """Non-contiguous inputs and gradients give what contiguous ones give."""
-
-    def strided(x: Tensor) -> Tensor:
-        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
-        wide[..., 1::2] = x
-        return wide[..., 1::2]
-
     outs, grads = run(op, inputs, trainable)
     upstream = [draw(*o.shape).to(o.dtype) for o in outs]
     _, want = run(op, inputs, trainable, upstream)
@@ -116,11 +186,3 @@ def check_compiled(op: Callable, inputs: Sequence[Tensor], trainable: Sequence[b
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-SIZES = [(1, 1, 72), (2, 77, 72), (3, 37, 100), (1, 77, 384), (2, 5, 1152), (0, 4, 72)]  # B, T, D
-DTYPES = [
-    pytest.param(torch.float32, torch.float32, id="fp32"),
-    pytest.param(torch.float32, torch.bfloat16, id="bf16-stream32"),
-    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16"),
-]  # residual stream, branch

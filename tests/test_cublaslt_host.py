@@ -113,13 +113,15 @@ def test_linear_gelu_is_the_row_major_formula(descriptors, shape):
 def test_dgelu_dgrad_is_the_gradient_of_autograd(descriptors, shape):
     M, N, D = shape
     rng = np.random.default_rng(1)
-    df, w2, u = rng.normal(size=(M, D)), rng.normal(size=(D, N)), rng.normal(size=(M, N))
+    dbranch, w2, u = rng.normal(size=(M, D)), rng.normal(size=(D, N)), rng.normal(size=(M, N))
     du, db1 = np.full((M, N), np.nan), np.full(N, np.nan)
     call = json.loads(descriptors("dgelu_dgrad", M, N, D, "float16"))
-    cublaslt_matmul(call, {"A": w2.ravel(), "B": df.ravel(), "D": du.reshape(-1), "aux": u.reshape(-1), "bias": db1})
+    cublaslt_matmul(
+        call, {"A": w2.ravel(), "B": dbranch.ravel(), "D": du.reshape(-1), "aux": u.reshape(-1), "bias": db1}
+    )
     z, b = torch.from_numpy(u).requires_grad_(), torch.zeros(N, dtype=torch.float64, requires_grad=True)
     f = F.gelu(z + b, approximate="tanh") @ torch.from_numpy(w2).T
-    f.backward(torch.from_numpy(df))
+    f.backward(torch.from_numpy(dbranch))
     np.testing.assert_allclose(du, z.grad, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(db1, b.grad, rtol=1e-11, atol=1e-12)
 
@@ -184,10 +186,10 @@ def test_the_calls_reach_the_library_as_documented(tmp_path):
                 want = F.gelu(want, approximate="tanh")
                 torch.testing.assert_close(g.double(), want, rtol=tolerance, atol=tolerance)
 
-                df, w2, z = make(M, K), make(K, N), u.double().requires_grad_()
+                dbranch, w2, z = make(M, K), make(K, N), u.double().requires_grad_()
                 du, db1 = torch.empty(M, N, dtype=dtype), torch.empty(N, dtype=dtype)
-                assert ops.cublaslt_run("dgelu_dgrad", w2, df, du, u, db1, M, N, K) == 2
-                (F.gelu(z, approximate="tanh") @ w2.double().T).backward(df.double())
+                assert ops.cublaslt_run("dgelu_dgrad", w2, dbranch, du, u, db1, M, N, K) == 2
+                (F.gelu(z, approximate="tanh") @ w2.double().T).backward(dbranch.double())
                 torch.testing.assert_close(du.double(), z.grad, rtol=tolerance, atol=tolerance)
                 torch.testing.assert_close(db1.double(), z.grad.sum(0), rtol=tolerance, atol=4 * tolerance)
         x = torch.randn(8, 8)
@@ -275,7 +277,6 @@ def test_on_the_cpu_nothing_is_fused(monkeypatch):
     torch.testing.assert_close(du, (h @ w2) * u)
     torch.testing.assert_close(db1, du.sum(0))
     assert fused.report()["decisions"] == before
-    assert torch.equal(fused.colsum(h, lambda x: x.sum(0)), h.sum(0))
 
 
 @pytest.mark.parametrize(("setting", "dtype", "N", "K", "reason"), [
@@ -376,6 +377,8 @@ def test_nothing_is_timed_when_results_must_repeat_and_the_choice_is_made_later(
 
 
 def test_the_report_is_part_of_the_kernel_report():
-    report = _ext.kernel_report()["choices"]["cublaslt"]
-    assert set(report) == {"mode", "cublaslt", "decisions", "algorithms", "colsum"}
-    json.dumps(report)
+    choices = _ext.kernel_report()["choices"]
+    report = choices["cublaslt"]
+    assert set(report) == {"mode", "cublaslt", "decisions", "algorithms"}
+    assert choices["colsum"] == []
+    json.dumps(choices)

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from difffit_fast.graph import capture
 from difffit_fast.ops import linear_gelu as fused
+from difffit_fast.ops.dispatch import cuda_ops
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.is_available() and fused.cuda_ops() is None, reason="built without the CUDA sources"),
+    pytest.mark.skipif(torch.cuda.is_available() and cuda_ops() is None, reason="built without the CUDA sources"),
 ]
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -44,7 +45,7 @@ def operands(M: int, N: int, K: int, dtype: torch.dtype, device: str | torch.dev
     make = lambda *s: torch.randn(*s, device=device).to(dtype)  # noqa: E731
     return {
         "h": make(M, K), "w1": make(N, K) / math.sqrt(K), "b1": make(N),
-        "df": make(M, K), "w2": make(K, N) / math.sqrt(K), "u": make(M, N),
+        "dbranch": make(M, K), "w2": make(K, N) / math.sqrt(K), "u": make(M, N),
     }  # fmt: skip
 
 
@@ -70,9 +71,9 @@ def test_linear_gelu(dtype, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dgelu_dgrad(dtype, shape):
     t = operands(*shape, dtype)
-    du, db1 = torch.ops.difffit_fast_cuda.dgelu_dgrad(t["df"], t["w2"], t["u"])
-    truth = (t["df"].double() @ t["w2"].double()) * slope(t["u"].double())
-    plain = torch.ops.aten.gelu_backward(t["df"] @ t["w2"], t["u"], approximate="tanh")
+    du, db1 = torch.ops.difffit_fast_cuda.dgelu_dgrad(t["dbranch"], t["w2"], t["u"])
+    truth = (t["dbranch"].double() @ t["w2"].double()) * slope(t["u"].double())
+    plain = torch.ops.aten.gelu_backward(t["dbranch"] @ t["w2"], t["u"], approximate="tanh")
     assert db1.dtype == torch.float32
     assert_as_good(du, plain, truth, "du")
     assert_as_good(db1, plain.sum(0), truth.sum(0), "db1")
@@ -101,7 +102,7 @@ def test_colsum_of_a_column_range():
 def test_no_rows():
     t = operands(0, 16, 8, torch.bfloat16)
     g, u = torch.ops.difffit_fast_cuda.linear_gelu(t["h"], t["w1"], t["b1"])
-    du, db1 = torch.ops.difffit_fast_cuda.dgelu_dgrad(t["df"], t["w2"], t["u"])
+    du, db1 = torch.ops.difffit_fast_cuda.dgelu_dgrad(t["dbranch"], t["w2"], t["u"])
     assert g.shape == u.shape == du.shape == (0, 16)
     assert torch.equal(db1, torch.zeros(16, device="cuda"))
 
@@ -112,7 +113,7 @@ def test_the_same_input_gives_the_same_bits():
     ops = torch.ops.difffit_fast_cuda
     for call in (
         lambda: ops.linear_gelu(t["h"], t["w1"], t["b1"]),
-        lambda: ops.dgelu_dgrad(t["df"], t["w2"], t["u"]),
+        lambda: ops.dgelu_dgrad(t["dbranch"], t["w2"], t["u"]),
         lambda: (ops.colsum(t["u"]),),
     ):
         first = call()
@@ -146,7 +147,7 @@ def test_graph_capture(met_before):
 
     def step() -> None:
         out["g"], out["u"] = ops.linear_gelu(t["h"], t["w1"], t["b1"])
-        out["du"], out["db1"] = ops.dgelu_dgrad(t["df"], t["w2"], out["u"])
+        out["du"], out["db1"] = ops.dgelu_dgrad(t["dbranch"], t["w2"], out["u"])
         out["sum"] = ops.colsum(out["du"])
 
     if met_before:
@@ -158,12 +159,12 @@ def test_graph_capture(met_before):
             step()
         replay = graph.replay
     t["h"].normal_()
-    t["df"].normal_()
+    t["dbranch"].normal_()
     replay()
     got = {name: x.clone() for name, x in out.items()}
     u = F.linear(t["h"].double(), t["w1"].double(), t["b1"].double())
     torch.testing.assert_close(got["u"].double(), u, rtol=2e-2, atol=2e-2)
-    du = (t["df"].double() @ t["w2"].double()) * slope(got["u"].double())
+    du = (t["dbranch"].double() @ t["w2"].double()) * slope(got["u"].double())
     torch.testing.assert_close(got["du"].double(), du, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(got["sum"].double(), got["du"].double().sum(0), rtol=1e-4, atol=1e-3)
 
@@ -210,13 +211,13 @@ def test_every_mode_gives_the_same_numbers(monkeypatch, mode, shape, dtype):
     fused.forget()
     t = operands(*shape, dtype)
     g, u = fused.linear_gelu(t["h"], t["w1"], t["b1"].float(), gelu)
-    du, db1 = fused.dgelu_dgrad(t["df"], t["w2"], t["u"], gelu_backward)
+    du, db1 = fused.dgelu_dgrad(t["dbranch"], t["w2"], t["u"], gelu_backward)
     truth = F.linear(t["h"].double(), t["w1"].double(), t["b1"].double())
     plain = F.linear(t["h"], t["w1"], t["b1"])
     assert_as_good(u, plain, truth, "u")
     assert_as_good(g, gelu(plain), gelu(truth), "g")
-    dtruth = (t["df"].double() @ t["w2"].double()) * slope(t["u"].double())
-    dplain = torch.ops.aten.gelu_backward(t["df"] @ t["w2"], t["u"], approximate="tanh")
+    dtruth = (t["dbranch"].double() @ t["w2"].double()) * slope(t["u"].double())
+    dplain = torch.ops.aten.gelu_backward(t["dbranch"] @ t["w2"], t["u"], approximate="tanh")
     assert_as_good(du, dplain, dtruth, "du")
     assert_as_good(db1, dplain.sum(0), dtruth.sum(0), "db1")
     chosen = {entry["chosen"] for entry in fused.report()["decisions"]}

@@ -8,7 +8,8 @@ from optest import assert_close, draw
 
 from difffit_fast import DiffFitError
 from difffit_fast._devices import cpu_has_fast
-from difffit_fast.ops import frozen_linear, gemm
+from difffit_fast.ops import gemm
+from difffit_fast.ops.frozen_linear import frozen_linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 

@@ -1,7 +1,7 @@
-"""What only a GPU can show: numbers of every operation through Triton, the whole model, compile, CUDA graphs, big tensors.
+"""What only a GPU can show: every attention backend, the whole model, compile, CUDA graphs, big tensors.
 
-The checkers are those of the CPU's tests (optest.py): they draw on the CPU, and :func:`on_gpu` carries the inputs over and the
-results back, so the truth stays float64 on the CPU. Kernels alone are in test_triton_kernels.py and test_cuda_kernels.py.
+The operations' numbers are in test_ops.py and test_kernels.py (room "gpu"), CUDA C++ in test_cuda_kernels.py. Inputs are drawn on
+the CPU, and the truth is float64 there.
 """
 
 from __future__ import annotations
@@ -11,29 +11,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from optest import DTYPES, TOLERANCE, check_needs_input_grad, check_numbers, draw, run
+from op_cases import true_attention
+from optest import draw, on_gpu, run
 from test_fast_dit import SMALL, loss_and_grads, shake, worst
 from torch import Tensor
 
 from difffit_fast import FastDiffFitDiT
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
 from difffit_fast.graph import capture
-from difffit_fast.ops import (
-    adaln,
-    attention,
-    frozen_linear,
-    frozen_mlp,
-    frozen_qkv,
-    residual,
-    residual_adaln,
-    use_kernels,
-)
-from difffit_fast.ops.attention import available_backends
-from difffit_fast.ops.colsum import colsum_op
+from difffit_fast.ops import use_kernels
+from difffit_fast.ops.attention import attention, available_backends
+from difffit_fast.ops.frozen_mlp import frozen_mlp
+from difffit_fast.ops.residual import residual_adaln
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
-SIZES = [(1, 1, 72), (2, 77, 384), (2, 256, 1152), (3, 37, 100), (0, 4, 72)]  # B, T, D
 HEADS = 4
 
 
@@ -47,102 +39,7 @@ def _triton() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def on_gpu(op: Callable, layout: Callable[[Tensor], Tensor] = lambda x: x) -> Callable:
-    """``op`` on the device, for inputs and results on the CPU; ``layout`` changes the strides of the inputs there."""
-
-    def wrapped(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = op(*(layout(x.to(DEVICE)) for x in inputs))
-        return tuple(o.cpu() for o in out) if isinstance(out, tuple) else out.cpu()
-
-    return wrapped
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values, every second of a wider tensor."""
-    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-    wide[..., 1::2] = x
-    return wide[..., 1::2]
-
-
-# -- the operations --------------------------------------------------------------------------------------------------
-def norm(x: Tensor) -> Tensor:
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def truth_adaln(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
-    return norm(x) * a[:, None] + c[:, None]
-
-
-def truth_residual(x: Tensor, f: Tensor, s: Tensor, r: Tensor) -> Tensor:
-    return x + s[:, None] * f + r[:, None]
-
-
-def truth_residual_adaln(x: Tensor, f: Tensor, s: Tensor, r: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    y = truth_residual(x, f, s, r)
-    return y, truth_adaln(y, a, c)
-
-
-def truth_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-    return torch.nn.functional.gelu(h @ w1.t() + b1, approximate="tanh") @ w2.t()
-
-
-def truth_attention(qkv: Tensor, heads: int = HEADS) -> Tensor:
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return (torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v).transpose(1, 2).flatten(2)
-
-
-def truth_chain(h: Tensor, weight: Tensor, bias_q: Tensor, gamma: Tensor) -> Tensor:
-    z = h @ weight.t() + torch.cat([bias_q, bias_q.new_zeros(2 * bias_q.shape[0])])
-    return truth_attention(z * gamma)
-
-
-def vectors(n: int, b: int, d: int) -> list[Tensor]:
-    return [draw(b, d, dtype=torch.float32) for _ in range(n)]
-
-
-@pytest.mark.parametrize(("stream", "branch"), DTYPES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_adaln_residual_and_both(size: tuple[int, int, int], stream: torch.dtype, branch: torch.dtype) -> None:
-    b, t, d = size
-    x, f = draw(b, t, d, dtype=stream, shift=0.5), draw(b, t, d, dtype=branch)
-    twice = TOLERANCE[branch] * (2 if stream == torch.bfloat16 else 1)  # h normalises the y that was stored, rounded
-    normed = on_gpu(lambda *z: adaln(*z, out_dtype=branch))
-    check_numbers(normed, truth_adaln, [x, *vectors(2, b, d)], (True,) * 3, TOLERANCE[branch])
-    check_numbers(on_gpu(residual), truth_residual, [x, f, *vectors(2, b, d)], (True,) * 4, TOLERANCE[branch])
-    check_numbers(on_gpu(residual_adaln), truth_residual_adaln, [x, f, *vectors(4, b, d)], (True,) * 6, twice)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_products(size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """frozen_linear, frozen_mlp, frozen_qkv with attention behind it, colsum."""
-    b, t, d = size
-    slack = 4 if dtype == torch.float32 else 3
-    h, bias = draw(b, t, d, dtype=dtype), draw(4 * d, dtype=torch.float32)
-    w1, w2 = (draw(4 * d, d) / d**0.5).to(dtype), (draw(d, 4 * d) / (4 * d) ** 0.5).to(dtype)
-    allowed = slack * TOLERANCE[dtype]
-    linear = lambda x, w, b: x @ w.t() + b  # noqa: E731
-    check_numbers(on_gpu(frozen_linear), linear, [h, w1, bias], (True, False, True), allowed)
-    check_numbers(on_gpu(frozen_mlp), truth_mlp, [h, w1, bias, w2], (True, False, True, False), allowed)
-    chain = on_gpu(lambda *z: attention(frozen_qkv(*z), HEADS))
-    weight = (1.5 * draw(3 * d, d) / d**0.5).to(dtype)
-    qkv = [h, weight, draw(d, dtype=torch.float32), draw(3 * d, dtype=torch.float32, shift=1)]
-    # Small query and key gradients are compared with the largest value of a whole tensor, after attention's roundings.
-    check_numbers(chain, truth_chain, qkv, (True, False, True, True), 2 * allowed)
-    x = draw(b * t, d, dtype=dtype)
-    check_numbers(on_gpu(colsum_op), lambda x: x.sum(0), [x], (False,), 1e-5)
-
-
-def test_every_combination_of_gradients_and_strided_inputs() -> None:
-    x, f, *four = [draw(2, 5, 72, dtype=torch.float32), draw(2, 5, 72, dtype=torch.float32), *vectors(4, 2, 72)]
-    check_needs_input_grad(on_gpu(residual_adaln), [x, f, *four], (True,) * 6)
-    for op, inputs in ((adaln, [x, *four[:2]]), (residual, [x, f, *four[:2]]), (residual_adaln, [x, f, *four])):
-        outs, grads = run(on_gpu(op), inputs, (True,) * len(inputs))
-        outs2, grads2 = run(on_gpu(op, strided), inputs, (True,) * len(inputs))
-        for a, b in zip([*outs, *grads], [*outs2, *grads2], strict=True):
-            assert torch.equal(a, b)
-
-
+# -- attention -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 72])
 def test_every_available_attention_backend(head_dim: int, dtype: torch.dtype) -> None:
@@ -150,7 +47,7 @@ def test_every_available_attention_backend(head_dim: int, dtype: torch.dtype) ->
     names = available_backends(DEVICE, dtype, head_dim)
     print(torch.cuda.get_device_name(), dtype, head_dim, names)
     qkv, do = draw(2, 256, 3 * HEADS * head_dim, dtype=dtype), draw(2, 256, HEADS * head_dim)
-    want_out, want = run(truth_attention, [qkv.double()], (True,), [do])
+    want_out, want = run(lambda x: true_attention(x, HEADS), [qkv.double()], (True,), [do])
     broken = {}
     for name in names:
         try:
@@ -331,7 +228,7 @@ def test_another_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("which", ["residual_adaln", "mlp"])
+@pytest.mark.parametrize("which", ["residual_adaln", "frozen_mlp"])
 def test_index_beyond_31_bits(which: str) -> None:
     """Operations on more than 2³¹ values, forward and backward; the last rows are compared with the same rows alone."""
     D = 1152
@@ -339,18 +236,18 @@ def test_index_beyond_31_bits(which: str) -> None:
     if torch.cuda.mem_get_info()[1] < 70 << 30:
         pytest.skip("needs 70 GiB of device memory")
     bf16 = dict(dtype=torch.bfloat16, device=DEVICE)
-    f = torch.randn(B, 256, D, **bf16).requires_grad_()
+    branch = torch.randn(B, 256, D, **bf16).requires_grad_()
     if which == "residual_adaln":
         x = torch.randn(B, 256, D, **bf16)
-        s, r, a, c = (torch.randn(B, D, device=DEVICE) for _ in range(4))
-        op = lambda x, f, s, r, a, c: residual_adaln(x, f, s, r, a, c)[1]  # noqa: E731
-        every, last = (x, f, s, r, a, c), tuple(v[-2:].detach() for v in (x, f, s, r, a, c))
+        vectors = [torch.randn(B, D, device=DEVICE) for _ in range(4)]
+        op = lambda *z: residual_adaln(*z)[1]  # noqa: E731
+        every, last = (x, branch, *vectors), tuple(v[-2:].detach() for v in (x, branch, *vectors))
         wanted = 1
     else:
         # A square fc1 keeps the pre-activation at the size of the input: 2³¹ values as well.
         w1, w2 = (torch.randn(D, D, **bf16) / D**0.5 for _ in range(2))
         b1 = torch.zeros(D, device=DEVICE)
-        op, every, last, wanted = frozen_mlp, (f, w1, b1, w2), (f[-2:].detach(), w1, b1, w2), 0
+        op, every, last, wanted = frozen_mlp, (branch, w1, b1, w2), (branch[-2:].detach(), w1, b1, w2), 0
     out = op(*every)
     few = [v.detach().requires_grad_(i == wanted) for i, v in enumerate(last)]
     small = op(*few)

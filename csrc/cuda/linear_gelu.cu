@@ -2,7 +2,7 @@
 // fc1's bias gradient, each as one matrix product with a cuBLASLt epilogue (layouts in cublaslt_host.h).
 //
 //     linear_gelu   u = h·W1ᵀ + b1,  g = GELU(u)            GELU in its tanh form, of the float32 accumulator
-//     dgelu_dgrad   du = (df·W2) ⊙ GELU'(u),  db1 = Σ_m du
+//     dgelu_dgrad   du = (dbranch·W2) ⊙ GELU'(u),  db1 = Σ_m du
 //
 // bfloat16 and float16, float32 accumulation. cuBLASLt takes the bias and gives its gradient in the type of the output,
 // so b1 comes in that type and db1 is rounded to it once, then widened.
@@ -196,21 +196,21 @@ std::tuple<Tensor, Tensor> linear_gelu(const Tensor& h, const Tensor& w1, const 
   return {g, u};
 }
 
-std::tuple<Tensor, Tensor> dgelu_dgrad(const Tensor& df, const Tensor& w2, const Tensor& u, bool tune) {
+std::tuple<Tensor, Tensor> dgelu_dgrad(const Tensor& dbranch, const Tensor& w2, const Tensor& u, bool tune) {
   const char* op = "dgelu_dgrad";
-  cuda::check_matrix(op, "df", df);
+  cuda::check_matrix(op, "dbranch", dbranch);
   cuda::check_matrix(op, "w2", w2);
-  dtype_of(op, df);
-  const int64_t M = df.size(0), K = df.size(1), N = w2.size(1);
-  const ScalarType type = df.scalar_type();
-  cuda::check(op, "df", df, {M, K}, type, df);
-  cuda::check(op, "w2", w2, {K, N}, type, df);
-  cuda::check(op, "u", u, {M, N}, type, df);
-  const torch::stable::accelerator::DeviceGuard guard(df.get_device_index());
-  Tensor du = cuda::empty(df, {M, N}, type);
-  if (M == 0) return {du, cuda::zeros(df, {N}, ScalarType::Float)};
-  Tensor db1 = cuda::empty(df, {N}, type);
-  multiply(Op::dgelu_dgrad, M, N, K, w2, df, du, u, db1, tune);
+  dtype_of(op, dbranch);
+  const int64_t M = dbranch.size(0), K = dbranch.size(1), N = w2.size(1);
+  const ScalarType type = dbranch.scalar_type();
+  cuda::check(op, "dbranch", dbranch, {M, K}, type, dbranch);
+  cuda::check(op, "w2", w2, {K, N}, type, dbranch);
+  cuda::check(op, "u", u, {M, N}, type, dbranch);
+  const torch::stable::accelerator::DeviceGuard guard(dbranch.get_device_index());
+  Tensor du = cuda::empty(dbranch, {M, N}, type);
+  if (M == 0) return {du, cuda::zeros(dbranch, {N}, ScalarType::Float)};
+  Tensor db1 = cuda::empty(dbranch, {N}, type);
+  multiply(Op::dgelu_dgrad, M, N, K, w2, dbranch, du, u, db1, tune);
   return {du, torch::stable::to(db1, ScalarType::Float)};
 }
 
@@ -222,7 +222,7 @@ int64_t version() { return static_cast<int64_t>(library().version()); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(difffit_fast_cuda, m) {
   m.def("linear_gelu(Tensor h, Tensor w1, Tensor b1, bool tune=True) -> (Tensor, Tensor)");
-  m.def("dgelu_dgrad(Tensor df, Tensor w2, Tensor u, bool tune=True) -> (Tensor, Tensor)");
+  m.def("dgelu_dgrad(Tensor dbranch, Tensor w2, Tensor u, bool tune=True) -> (Tensor, Tensor)");
   m.def("cublaslt_choices() -> str");
   m.def("cublaslt_version() -> int");
 }

@@ -24,10 +24,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import DiffFitError
-from ..ops import adaln, attention, frozen_linear, frozen_mlp, frozen_qkv, residual_adaln
 from ..ops._register import frozen_weight_error
-from ..ops.attention import BACKENDS
+from ..ops.adaln import adaln
+from ..ops.attention import BACKENDS, attention
+from ..ops.frozen_linear import frozen_linear
+from ..ops.frozen_mlp import frozen_mlp
+from ..ops.frozen_qkv import frozen_qkv
 from ..ops.gemm import keep_packed
+from ..ops.residual import residual_adaln
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
 from .difffit import DiffFitConfig
@@ -35,13 +39,21 @@ from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, timestep_embeddin
 from .merge import merge
 
 
-class Vectors(NamedTuple):
-    """What modulates the layers: tuples of (B, D) float32, two per block (attention, MLP); a and c have one more."""
+class Joint(NamedTuple):
+    """Where a branch joins the residual stream and the next one begins; each (B, D) in float32."""
 
-    a: tuple[Tensor, ...]  # scale of the LayerNorm before each branch, and of the final one
-    c: tuple[Tensor, ...]  # its shift
-    s: tuple[Tensor, ...]  # scale of the branch: gate·γ
-    r: tuple[Tensor, ...]  # its scaled bias: s·bias
+    gate: Tensor  # the whole factor on the branch: gate·γ
+    bias: Tensor  # the bias of its last linear times that factor
+    scale: Tensor  # the whole factor of the next LayerNorm: 1 + DiT's scale
+    shift: Tensor
+
+
+class Vectors(NamedTuple):
+    """What modulates the layers."""
+
+    scale: Tensor  # of the first LayerNorm, (B, D)
+    shift: Tensor
+    joints: list[Joint]  # two per block: behind the attention and behind the MLP
 
 
 class FastDiffFitDiT(DiT):
@@ -187,31 +199,26 @@ class FastDiffFitDiT(DiT):
         patch = self.x_embedder.proj
         x = frozen_linear(self._patchify(x).to(dtype), patch.weight.to(dtype).flatten(1), patch.bias)
         x = x.to(stream) + self.pos_embed.to(stream)
-        h = adaln(x, v.a[0], v.c[0], LN_EPS, dtype)
-        for i, block in enumerate(self.blocks):
-            vectors = [
-                w[2 * i + k]
-                for w, k in ((v.s, 0), (v.r, 0), (v.a, 1), (v.c, 1), (v.s, 1), (v.r, 1), (v.a, 2), (v.c, 2))
-            ]
+        h = adaln(x, v.scale, v.shift, LN_EPS, dtype)
+        for block, behind_attn, behind_mlp in zip(self.blocks, v.joints[::2], v.joints[1::2], strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, h = checkpoint(self._block, block, x, h, *vectors, use_reentrant=False)
+                x, h = checkpoint(self._block, block, x, h, behind_attn, behind_mlp, use_reentrant=False)
             else:
-                x, h = self._block(block, x, h, *vectors)
+                x, h = self._block(block, x, h, behind_attn, behind_mlp)
         last = self.final_layer.linear
         return self.unpatchify(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
 
     def _block(
-        self, block: nn.Module, x: Tensor, h: Tensor,
-        s1: Tensor, r1: Tensor, a2: Tensor, c2: Tensor, s2: Tensor, r2: Tensor, a3: Tensor, c3: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, block: nn.Module, x: Tensor, h: Tensor, behind_attn: Joint, behind_mlp: Joint
+    ) -> tuple[Tensor, Tensor]:
         """Two branches and two joins; h is already normalised and modulated for the first one."""
         dtype = h.dtype
         attn, mlp = block.attn, block.mlp
         qkv = frozen_qkv(h, attn.qkv.weight.to(dtype), attn.qkv.bias[: self.hidden_size], attn.gamma1)
-        f = frozen_linear(attention(qkv, self.num_heads, self.attention), attn.proj.weight.to(dtype))
-        x, h = residual_adaln(x, f, s1, r1, a2, c2, LN_EPS)
-        f = frozen_mlp(h, mlp.fc1.weight.to(dtype), mlp.fc1.bias, mlp.fc2.weight.to(dtype))
-        return residual_adaln(x, f, s2, r2, a3, c3, LN_EPS)
+        branch = frozen_linear(attention(qkv, self.num_heads, self.attention), attn.proj.weight.to(dtype))
+        x, h = residual_adaln(x, branch, *behind_attn, LN_EPS)
+        branch = frozen_mlp(h, mlp.fc1.weight.to(dtype), mlp.fc1.bias, mlp.fc2.weight.to(dtype))
+        return residual_adaln(x, branch, *behind_mlp, LN_EPS)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C·p·p), in the order of the flattened weight of a strided convolution."""
@@ -237,19 +244,20 @@ class FastDiffFitDiT(DiT):
         m = m.view(n, 6 * depth + 2, d).transpose(0, 1)
         per_branch = m[: 6 * depth].reshape(2 * depth, 3, n, d)  # shift, scale, gate of each branch
         shift = torch.cat([per_branch[:, 0], m[6 * depth : 6 * depth + 1]])
-        scale = torch.cat([per_branch[:, 1], m[6 * depth + 1 :]])
-        a, c = 1 + scale, shift
+        scale = 1 + torch.cat([per_branch[:, 1], m[6 * depth + 1 :]])
         if self.difffit.affine_norm:
             norms = [norm for b in blocks for norm in (b.norm1, b.norm2)] + [self.final_layer.norm_final]
-            a, c = (
-                torch.stack([norm.weight for norm in norms])[:, None] * a,
-                torch.stack([norm.bias for norm in norms])[:, None] * a + c,
+            scale, shift = (
+                torch.stack([norm.weight for norm in norms])[:, None] * scale,
+                torch.stack([norm.bias for norm in norms])[:, None] * scale + shift,
             )
-        s = per_branch[:, 2]
+        gate = per_branch[:, 2]
         if self.difffit.gamma:
-            s = self._branch_gamma().to(s)[:, None] * s
-        r = s * self._branch_bias(dtype).to(s)[:, None]
-        return Vectors(*(w.contiguous().unbind(0) for w in (a, c, s, r)))
+            gate = self._branch_gamma().to(gate)[:, None] * gate
+        bias = gate * self._branch_bias(dtype).to(gate)[:, None]
+        scales, shifts, gates, biases = (w.contiguous().unbind(0) for w in (scale, shift, gate, bias))
+        joints = [Joint(*vectors) for vectors in zip(gates, biases, scales[1:], shifts[1:], strict=True)]
+        return Vectors(scales[0], shifts[0], joints)
 
     def _branch_gamma(self) -> Tensor:
         """γ of every branch, (2·depth, D): the branch's own times that of proj; 1 where there is none."""

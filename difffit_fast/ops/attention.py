@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import _ext
 from ..errors import DiffFitError
 from ._register import register, wide
 from .dispatch import pick
@@ -141,6 +142,7 @@ _attention = register(
     setup_context=_setup,
     backward=_autograd,
 )
+_ext.register_operation("attention", has_triton=False, cuda="library (SDPA or xformers)")
 
 
 # -- the choice ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ._register import check_frozen, register, wide
-from .colsum import column_sum
+from .colsum import colsum
 from .gemm import check_operands, dgrad, linear
 
 
@@ -28,7 +28,7 @@ def _backward(dy: Tensor, weight: Tensor, need_dx: bool, need_db: bool) -> tuple
     n, k = weight.shape
     dy2 = dy.reshape(-1, n).contiguous()
     dx = dgrad(dy2, weight).view(*dy.shape[:-1], k) if need_dx else dy.new_empty(0)
-    db = column_sum(dy2) if need_db else dy.new_empty(0, dtype=wide(dy.dtype))
+    db = colsum(dy2) if need_db else dy.new_empty(0, dtype=wide(dy.dtype))
     return dx, db
 
 
@@ -80,6 +80,3 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         (..., N) in the dtype of ``x``.
     """
     return _frozen_linear(x, weight, bias)
-
-
-__all__ = ["frozen_linear"]

@@ -1,7 +1,7 @@
 """fc1 with its activation, and fc2's input gradient with the activation's backward: one cuBLASLt call each, or several.
 
     linear_gelu    u = h·W₁ᵀ + b₁,  g = GELU(u)                     epilogue GELU_AUX_BIAS
-    dgelu_dgrad    du = (df·W₂) ⊙ GELU′(u),  db₁ = Σ_m du           epilogue DGELU_BGRAD
+    dgelu_dgrad    du = (dbranch·W₂) ⊙ GELU′(u),  db₁ = Σ_m du      epilogue DGELU_BGRAD
 
 The fused kernels are in ``csrc/cuda/linear_gelu.cu``. Whether they are faster than a plain product followed by the
 activation's own kernel depends on GPU, shape and cuBLAS version, so on CUDA both are timed once per device, shape and
@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from .._rooms import kernels_mode
 from ..errors import DiffFitError
-from .dispatch import cpp_ops, kernels_mode
+from .dispatch import cuda_ops
 from .gemm import dgrad, linear
 from .probe import Chooser, Decision
 
@@ -39,7 +40,6 @@ _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 _MULTIPLE = 8  # of N and K
 
 _chooser = Chooser(UNFUSED)
-_colsum_chooser = Chooser("triton")
 
 
 # -- which one -------------------------------------------------------------------------------------------------------
@@ -49,13 +49,6 @@ def cublaslt_mode() -> str:
     if mode not in MODES:
         raise DiffFitError(f"DIFFFIT_FAST_CUBLASLT must be one of {', '.join(MODES)}; got {mode!r}")
     return mode
-
-
-def cuda_ops() -> Any | None:
-    """The namespace of the compiled CUDA operations, or None where they were not built."""
-    if cpp_ops() is None or not hasattr(torch.ops.difffit_fast_cuda, "linear_gelu"):
-        return None
-    return torch.ops.difffit_fast_cuda
 
 
 def refusal(x: Tensor, N: int, K: int) -> str | None:
@@ -122,41 +115,28 @@ def linear_gelu(h: Tensor, w1: Tensor, b1: Tensor, gelu_forward: Callable[[Tenso
 
 
 def dgelu_dgrad(
-    df: Tensor, w2: Tensor, u: Tensor, gelu_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    dbranch: Tensor, w2: Tensor, u: Tensor, gelu_backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Gradient of fc1's output and of its bias, from the gradient of fc2's output.
 
     Args:
-        df: (M, D), contiguous, the compute dtype.
-        w2: weight of fc2 (D, N), contiguous, the dtype of ``df``.
+        dbranch: (M, D), contiguous, the compute dtype.
+        w2: weight of fc2 (D, N), contiguous, the dtype of ``dbranch``.
         u: (M, N), contiguous, the pre-activation saved by :func:`linear_gelu`.
         gelu_backward: (dg, u) -> (du, db1), for the unfused way.
 
     Returns:
-        du (M, N) in the dtype of ``df``, and db1 = Σ_m du, float32 (N,).
+        du (M, N) in the dtype of ``dbranch``, and db1 = Σ_m du, float32 (N,).
     """
     D, N = w2.shape
 
     def unfused() -> tuple[Tensor, Tensor]:
-        return gelu_backward(dgrad(df, w2), u)
+        return gelu_backward(dgrad(dbranch, w2), u)
 
     def fused() -> tuple[Tensor, Tensor]:
-        return cuda_ops().dgelu_dgrad(_aligned(df), _aligned(w2), _aligned(u), _may_tune())
+        return cuda_ops().dgelu_dgrad(_aligned(dbranch), _aligned(w2), _aligned(u), _may_tune())
 
-    return fused() if choose("dgelu_dgrad", df, N, D, fused, unfused) == FUSED else unfused()
-
-
-def colsum(x: Tensor, triton_colsum: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ_m x_mn of a CUDA matrix (M, N), float32 (N,): the faster of the CUDA C++ kernel and ``triton_colsum``.
-
-    Both add in a fixed order that depends on the shape alone. The columns of ``x`` must be adjacent in memory.
-    ``DIFFFIT_FAST_CUBLASLT`` does not matter here.
-    """
-    if x.device.type != "cuda" or x.numel() == 0 or cuda_ops() is None:
-        return triton_colsum(x)
-    key = ("colsum", str(x.device), str(x.dtype).removeprefix("torch."), x.shape[0], x.shape[1], x.stride(0))
-    candidates = {"triton": lambda: triton_colsum(x), "cuda": lambda: cuda_ops().colsum(x)}
-    return candidates[_colsum_chooser.choose(key, candidates, x.device)]()
+    return fused() if choose("dgelu_dgrad", dbranch, N, D, fused, unfused) == FUSED else unfused()
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -176,7 +156,7 @@ def report() -> dict[str, Any]:
 
     Returns:
         ``{"mode": DIFFFIT_FAST_CUBLASLT, "cublaslt": its version or why it is not used, "decisions": [one entry per op,
-        device, dtype, M, N, K], "algorithms": [cuBLASLt's candidates and their times], "colsum": [decisions]}``.
+        device, dtype, M, N, K], "algorithms": [cuBLASLt's candidates and their times]}``.
     """
     ops = cuda_ops() if torch.cuda.is_available() else None
     status: Any = "no CUDA device" if not torch.cuda.is_available() else "the CUDA sources were not built"
@@ -192,14 +172,12 @@ def report() -> dict[str, Any]:
         "cublaslt": status,
         "decisions": _chooser.report(),
         "algorithms": algorithms,
-        "colsum": _colsum_chooser.report(),
     }
 
 
 def forget() -> None:
     """Forget the choices between fused and unfused, so that they are made again (for tests and benchmarks)."""
     _chooser.clear()
-    _colsum_chooser.clear()
 
 
 _ext.register_choice("cublaslt", report)

@@ -1,6 +1,6 @@
-"""frozen_mlp: f = W₂·gelu(W₁ h + b₁) with frozen W₁, W₂ and the tanh GELU. Saved: the pre-activation u, nothing else.
+"""frozen_mlp: branch = W₂·gelu(W₁ h + b₁) with frozen W₁, W₂ and the tanh GELU. Saved: the pre-activation u, nothing else.
 
-    dg = df·W₂,   du = dg·gelu′(u),   db₁ = Σ du,   dh = du·W₁
+    dg = dbranch·W₂,   du = dg·gelu′(u),   db₁ = Σ du,   dh = du·W₁
 
 The second bias is not here: it enters with the residual (see :mod:`.residual`).
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _ext
 from ._register import check_frozen, register, wide
 from .dispatch import pick
 from .gemm import check_operands, dgrad, linear
@@ -47,14 +48,14 @@ def _check(h: Tensor, w1: Tensor, w2: Tensor) -> None:
 def _forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     _check(h, w1, w2)
     h2 = h.reshape(-1, h.shape[-1])
-    gelu = pick("mlp", gelu_forward, h2)
+    gelu = pick("frozen_mlp", gelu_forward, h2)
     if h.device.type == "cuda":  # one cuBLASLt call where that is faster
         g, u = linear_gelu(h2, w1, b1, gelu)
     else:
         u = linear(h2, w1, b1)
         g = gelu(u)
-    f = linear(g, w2)
-    return f.view(*h.shape[:-1], w2.shape[0]), u
+    branch = linear(g, w2)
+    return branch.view(*h.shape[:-1], w2.shape[0]), u
 
 
 def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,21 +64,21 @@ def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor
     return h.new_empty(*h.shape[:-1], w2.shape[0]), h.new_empty(rows, w1.shape[0])
 
 
-def _backward(df: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
-    df2 = df.reshape(-1, w2.shape[0]).contiguous()
-    gelu = pick("mlp", gelu_backward, u)
-    du, db1 = dgelu_dgrad(df2, w2, u, gelu) if u.device.type == "cuda" else gelu(dgrad(df2, w2), u)
-    dh = dgrad(du, w1).view(*df.shape[:-1], w1.shape[1]) if need_dh else df.new_empty(0)
+def _backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
+    dbranch2 = dbranch.reshape(-1, w2.shape[0]).contiguous()
+    gelu = pick("frozen_mlp", gelu_backward, u)
+    du, db1 = dgelu_dgrad(dbranch2, w2, u, gelu) if u.device.type == "cuda" else gelu(dgrad(dbranch2, w2), u)
+    dh = dgrad(du, w1).view(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dbranch.new_empty(0)
     return dh, db1
 
 
-def _backward_fake(df: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
-    dh = df.new_empty(*df.shape[:-1], w1.shape[1]) if need_dh else df.new_empty(0)
-    return dh, df.new_empty(w1.shape[0], dtype=wide(df.dtype))
+def _backward_fake(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
+    dh = dbranch.new_empty(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dbranch.new_empty(0)
+    return dh, dbranch.new_empty(w1.shape[0], dtype=wide(dbranch.dtype))
 
 
 backward_op = register(
-    "frozen_mlp_backward(Tensor df, Tensor w1, Tensor w2, Tensor u, bool need_dh) -> (Tensor, Tensor)",
+    "frozen_mlp_backward(Tensor dbranch, Tensor w1, Tensor w2, Tensor u, bool need_dh) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -94,11 +95,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(w1, w2, output[1])
 
 
-def _autograd(ctx: Any, df: Tensor | None, _: Any) -> tuple:
-    if df is None:
+def _autograd(ctx: Any, dbranch: Tensor | None, _: Any) -> tuple:
+    if dbranch is None:
         return None, None, None, None
     need_dh, _, need_db, _ = ctx.needs_input_grad
-    dh, db1 = backward_op(df, *ctx.saved_tensors, need_dh)
+    dh, db1 = backward_op(dbranch, *ctx.saved_tensors, need_dh)
     return dh if need_dh else None, None, db1.to(ctx.bias_dtype) if need_db else None, None
 
 
@@ -109,6 +110,7 @@ _frozen_mlp = register(
     setup_context=_setup,
     backward=_autograd,
 )
+_ext.register_operation("frozen_mlp")
 
 
 def frozen_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Chunks of mlp.cpp; included once for each instruction set.
+// Chunks of frozen_mlp.cpp; included once for each instruction set.
 //
 // With z = sqrt(2/pi)·(u + 0.044715·u³), (1 + tanh z)/2 is the logistic function of 2z: one exp and one division.
 // Beyond |u| = 9.5 its value and its complement are below 1e-33; u is held there, so nothing overflows.

@@ -1,4 +1,4 @@
-"""mlp: the activation between fc1 and fc2, g = GELU(u), and its backward with fc1's bias gradient.
+"""frozen_mlp: the activation between fc1 and fc2, g = GELU(u), and its backward with fc1's bias gradient.
 
     z(u) = √(2/π)·(u + 0.044715·u³),   σ = 1 / (1 + e^(−2z)) = ½·(1 + tanh z)
     GELU(u) = u·σ,   GELU'(u) = σ + u·σ·(1 − σ)·2·z'(u),   z'(u) = √(2/π)·(1 + 3·0.044715·u²)

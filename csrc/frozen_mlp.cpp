@@ -1,4 +1,4 @@
-// mlp: the tanh form of GELU between fc1 and fc2, and its backward with fc1's bias gradient.
+// frozen_mlp: the tanh form of GELU between fc1 and fc2, and its backward with fc1's bias gradient.
 //
 //     g = u·(1 + tanh z)/2,  z = sqrt(2/pi)·(u + 0.044715·u³);     du = dg·g'(u),  db = sum_m du
 //
@@ -6,7 +6,7 @@
 // by chunk (ops.h). These are the only kernels here that arithmetic limits rather than memory: see elementary.h.
 #include "ops.h"
 
-#define DIFFFIT_KERNELS "mlp_kernels.h"
+#define DIFFFIT_KERNELS "frozen_mlp_kernels.h"
 #include "foreach_isa.h"
 
 namespace difffit {

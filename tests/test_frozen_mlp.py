@@ -1,0 +1,49 @@
+"""What is special to frozen_mlp; the rest is in test_ops.py and test_kernels.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import mlp_inputs
+from optest import F32, TOLERANCE, check_numbers, rooms
+from torch import Tensor
+
+from difffit_fast.ops import use_kernels
+from difffit_fast.ops.frozen_mlp import frozen_mlp
+
+
+@pytest.mark.parametrize("kernels", rooms())
+def test_gelu_far_from_zero(kernels: str) -> None:
+    """Saturated activations: tanh must not overflow, and the slope must go to 0 and 1."""
+    u = torch.tensor([-1e4, -100.0, -20.0, -6.0, -0.75, 0.0, 0.75, 6.0, 20.0, 100.0, 1e4])
+    eye = torch.eye(u.numel())
+    with use_kernels(kernels):
+        check_numbers(
+            lambda h: frozen_mlp(h, eye, torch.zeros(u.numel()), eye),
+            lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
+            [u[None, None]],
+            (True,),
+            TOLERANCE[F32],
+        )
+
+
+def test_only_the_pre_activation_is_kept() -> None:
+    h, w1, b1, w2 = mlp_inputs((2, 5, 72, 288), F32, F32)
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        frozen_mlp(h.requires_grad_(), w1, b1.requires_grad_(), w2)
+    kept = [t for t in saved if t.data_ptr() not in (w1.data_ptr(), w2.data_ptr())]
+    assert [tuple(t.shape) for t in kept] == [(10, 288)]
+
+
+def test_errors() -> None:
+    h, w1, b1, w2 = mlp_inputs((2, 5, 72, 40), F32, F32)
+    with pytest.raises(ValueError, match=r"fc2's weight must be \(out, 40\)"):
+        frozen_mlp(h, w1, b1, w2[:, 1:])
+    with pytest.raises(RuntimeError, match="fc2 is frozen"):
+        frozen_mlp(h, w1, b1, w2.requires_grad_())
