@@ -106,7 +106,7 @@ def test_build_info_has_its_keys():
     assert set(info) == {
         *("version", "built", "problem", "compiler", "cxx_flags", "torch_built", "torch_target", "python_built"),
         *("cuda_built", "cuda_arch_list", "torch", "torch_cuda", "python", "cpu_capability", "triton", "xformers"),
-        "kernels",
+        *("kernels", "cuda_problem"),
     }
     assert info["built"] is (info["problem"] is None)
     if info["built"]:
