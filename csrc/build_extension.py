@@ -214,6 +214,19 @@ def torch_problem() -> str:
     )
 
 
+def build_py_command() -> type:
+    """Copies the Python files to where nothing of an earlier build is left: setuptools would pack that too."""
+    from setuptools.command.build_py import build_py
+
+    class build_py_anew(build_py):  # noqa: N801
+        def run(self) -> None:
+            if not self.editable_mode:
+                shutil.rmtree(Path(self.build_lib) / "difffit_fast", ignore_errors=True)
+            super().run()
+
+    return build_py_anew
+
+
 def build_ext_command() -> type:
     """PyTorch's ninja build; writes build_info.json beside the library and does not fail for want of a compiler."""
     if torch_problem():
