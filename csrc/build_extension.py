@@ -304,8 +304,9 @@ def _give_up(reason: str) -> None:
         raise BuildError(f"{message} (DIFFFIT_FAST_REQUIRE_EXT=1)")
     line = "=" * 100
     announce(
-        f"{line}\n{message}\nThe package is installed without it and runs on Triton or plain PyTorch, slower on the CPU. "
-        f"Once that is mended: pip install --force-reinstall --no-deps .\n{line}"
+        f"{line}\n{message}\nThe package is installed without it and runs on Triton or plain PyTorch, slower on the CPU. Once "
+        "that is mended, install again\n(pip: --force-reinstall --no-deps, uv: --reinstall-package difffit_fast).\n"
+        + line
     )
 
 
