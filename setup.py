@@ -12,5 +12,5 @@ setup(
     packages=[*find_packages(include=["difffit_fast", "difffit_fast.*"]), "difffit_fast.kernels"],
     package_dir={"difffit_fast.kernels": "kernels"},
     ext_modules=build_extension.extensions(),
-    cmdclass={"build_ext": build_extension.build_ext_command()},
+    cmdclass={"build_py": build_extension.build_py_command(), "build_ext": build_extension.build_ext_command()},
 )

@@ -33,11 +33,6 @@ PYBIND11_MODULE(_C, m) {
     pybind11::dict info;
     info["compiler"] = compiler();
     info["torch"] = TORCH_VERSION;
-#ifdef DIFFFIT_FAST_WITH_CUDA
-    info["cuda"] = true;
-#else
-    info["cuda"] = false;
-#endif
     return info;
   });
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import venv
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,11 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_extension", ROOT / "csrc" / "build_extension.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "csrc"))
+        yield importlib.import_module("build_extension")
+
+
+@pytest.fixture
+def find_torch(build) -> ModuleType:
+    return build.find_torch
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -91,13 +99,207 @@ def test_nvcc_version_is_read(build, tmp_path):
     assert build.nvcc_version(str(nvcc)) == "12.8"
 
 
-def test_giving_up_is_an_error_only_when_the_extension_is_required(build, monkeypatch, capsys):
+@pytest.mark.parametrize(("setting", "required"), [(None, None), ("", None), ("0", False), ("1", True), ("yes", True)])
+def test_the_extension_may_be_required_or_waived(build, monkeypatch, setting, required):
+    monkeypatch.delenv("DIFFFIT_FAST_REQUIRE_EXT", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("DIFFFIT_FAST_REQUIRE_EXT", setting)
+    assert build.required() is required
+
+
+def test_giving_up_is_an_error_only_when_the_extension_is_required(build, monkeypatch):
+    said = []
+    monkeypatch.setattr(build, "announce", said.append)
     monkeypatch.delenv("DIFFFIT_FAST_REQUIRE_EXT", raising=False)
     build._give_up("no C++ compiler")
-    assert "no C++ compiler" in capsys.readouterr().err
+    assert "no C++ compiler" in said[0]
     monkeypatch.setenv("DIFFFIT_FAST_REQUIRE_EXT", "1")
     with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
         build._give_up("no C++ compiler")
+
+
+@pytest.mark.parametrize("command", ["dist_info", "bdist_wheel", "editable_wheel", "build_ext", "install"])
+def test_without_pytorch_an_install_stops_with_one_sentence(build, monkeypatch, command):
+    monkeypatch.setattr(build, "torch_problem", lambda: "there is no PyTorch to compile against: none. Install it.")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", command])
+    monkeypatch.delenv("DIFFFIT_FAST_REQUIRE_EXT", raising=False)
+    with pytest.raises(SystemExit, match=r"difffit_fast: there is no PyTorch .* Install it\."):
+        build.extensions()
+    monkeypatch.setenv("DIFFFIT_FAST_REQUIRE_EXT", "0")
+    assert [extension.name for extension in build.extensions()] == ["difffit_fast._C"]
+
+
+@pytest.mark.parametrize("command", ["sdist", "egg_info", "--version", "clean"])
+def test_without_pytorch_everything_but_an_install_goes_on(build, monkeypatch, command):
+    monkeypatch.setattr(build, "torch_problem", lambda: "there is no PyTorch to compile against: none. Install it.")
+    monkeypatch.setattr(sys, "argv", ["setup.py", command])
+    assert [extension.name for extension in build.extensions()] == ["difffit_fast._C"]
+
+
+def test_cuda_code_is_a_library_of_its_own(build, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    monkeypatch.setattr(build, "wants_cuda", lambda *_: True)
+    monkeypatch.setattr(build, "nvcc_version", lambda _: "13.0")
+    monkeypatch.setattr(build, "check_cuda_versions", lambda *_: None)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/cuda")
+    cpu, cuda = build.extensions()
+    assert (cpu.name, cpu.libraries) == ("difffit_fast._C", ["torch_cpu"])
+    assert not [source for source in cpu.sources if "cuda/" in source]
+    assert (cuda.name, cuda.libraries) == ("difffit_fast._C_cuda", ["torch_cpu", "torch_cuda", "cudart"])
+    assert {Path(source).suffix for source in cuda.sources} == {".cu", ".cpp"}
+    # What registers operations must be in one of the two alone.
+    both = set(cpu.sources) & set(cuda.sources)
+    assert both and not [source for source in both if "STABLE_TORCH_LIBRARY" in (ROOT / source).read_text()]
+
+
+def test_nothing_of_an_earlier_build_is_packed(build, tmp_path):
+    from setuptools import Distribution
+
+    (tmp_path / "difffit_fast").mkdir()
+    (tmp_path / "difffit_fast" / "renamed_since.py").touch()
+    (tmp_path / "other").touch()
+    command = build.build_py_command()(Distribution({"name": "difffit_fast", "packages": []}))
+    command.build_lib = str(tmp_path)
+    command.ensure_finalized()
+    command.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_an_installer_that_swallows_output_does_not_swallow_the_announcement():
+    """The process in between stands for pip: it keeps the output of the build to itself."""
+    done = run_python(f"""
+        import subprocess, sys
+        build = "import sys; sys.path.insert(0, {str(ROOT / "csrc")!r}); import build_extension as b; b.announce('not built')"
+        done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True)
+        assert done.stderr == "not built\\n", done.stderr
+        """)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "not built"
+
+
+# -- finding PyTorch from an isolated build --------------------------------------------------------------------------
+def environment(folder: Path, sees_torch: bool) -> Path:
+    """An empty virtual environment, which may see this one's packages by way of a .pth file; its interpreter."""
+    import torch
+
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    if sees_torch:
+        site = subprocess.check_output([python, "-c", "import sysconfig as s; print(s.get_path('purelib'))"], text=True)
+        (Path(site.strip()) / "outer.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    return python
+
+
+def test_an_interpreter_is_asked_what_it_sees(find_torch, tmp_path):
+    seen = find_torch.ask(environment(tmp_path / "with", True), dict(os.environ))
+    assert seen["torch"] and seen["prefix"] == str(tmp_path / "with")
+    assert find_torch.ask(environment(tmp_path / "without", False), {})["torch"] is False
+    assert find_torch.ask(tmp_path / "missing", {}) is None
+
+
+def test_under_pip_the_interpreter_is_its_own(find_torch, monkeypatch, tmp_path):
+    monkeypatch.delenv("DIFFFIT_FAST_PYTHON", raising=False)
+    pip = find_torch.Process(["bin/python3", "-m", "pip", "install", "."], {}, tmp_path)
+    assert find_torch.interpreters(pip) == [Path(sys.executable), tmp_path / "bin" / "python3"]
+    assert find_torch.interpreters(find_torch.Process(["/bin/sh"], {}, tmp_path)) == [Path(sys.executable)]
+    monkeypatch.setenv("DIFFFIT_FAST_PYTHON", "/named/python")
+    assert find_torch.interpreters(pip) == [Path("/named/python")]
+
+
+def test_under_uv_the_interpreter_is_that_of_the_environment_uv_serves(find_torch, monkeypatch, tmp_path):
+    monkeypatch.delenv("DIFFFIT_FAST_PYTHON", raising=False)
+    project = tmp_path / "clone"
+    for folder in (project / ".venv", tmp_path / "active", tmp_path / "asked"):
+        folder.mkdir(parents=True)
+
+    def first(*arguments: str, **variables: str) -> Path:
+        return find_torch.interpreters(find_torch.Process(["/bin/uv", *arguments], variables, project))[0]
+
+    active, asked = {"VIRTUAL_ENV": str(tmp_path / "active")}, str(tmp_path / "asked")
+    assert first("pip", "install", ".") == project / ".venv" / "bin" / "python"
+    assert first("pip", "install", ".", **active) == tmp_path / "active" / "bin" / "python"
+    assert first("pip", "install", "--python", asked, ".", **active) == tmp_path / "asked" / "bin" / "python"
+    assert first("build", f"--python={asked}", **active) == tmp_path / "asked" / "bin" / "python"
+    assert first("build", "-p", "../asked", **active) == project / "../asked" / "bin" / "python"
+    assert first("pip", "install", ".", UV_PYTHON=asked) == tmp_path / "asked" / "bin" / "python"
+    assert first("pip", "install", "-p", "3.11", ".", **active) == tmp_path / "active" / "bin" / "python"
+
+
+def test_what_is_borrowed_can_be_imported_and_offers_no_plugins(find_torch, monkeypatch, tmp_path):
+    (tmp_path / "lent_module.py").write_text("value = 7\n")
+    (tmp_path / "lent-1.0.dist-info").mkdir()
+    (tmp_path / "lent-1.0.dist-info" / "METADATA").write_text("Name: lent\nVersion: 1.0\n")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, find_torch.Borrowed([str(tmp_path)])])
+    monkeypatch.delitem(sys.modules, "lent_module", raising=False)
+    assert find_torch.borrowed()
+    assert importlib.import_module("lent_module").value == 7
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("lent")
+
+
+def test_where_pytorch_was_looked_for_is_told(find_torch, monkeypatch, tmp_path):
+    monkeypatch.setattr(find_torch, "_there", lambda: False)
+    monkeypatch.setattr(find_torch, "interpreters", lambda _: [tmp_path / "missing", Path("/other")])
+    assert "missing does not run" in find_torch.borrow()
+    seen = {"soabi": "cpython-39", "prefix": "/other", "path": [], "torch": True}
+    monkeypatch.setattr(find_torch, "ask", lambda *_: seen)
+    assert find_torch.borrow() == "/other is for another Python (cpython-39)"
+
+
+# A build backend that needs no package, so that the build is isolated like any other but asks nothing of an index.
+BACKEND = """
+import sys, zipfile
+sys.path.insert(0, {csrc!r})
+import find_torch
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    isolated = not find_torch._there()
+    missing = find_torch.borrow()
+    if missing:
+        raise SystemExit(missing)
+    import torch, torch.utils.cpp_extension
+    with zipfile.ZipFile(folder + "/standin-1-py3-none-any.whl", "w") as file:
+        file.writestr("standin.py", f"isolated, torch = {{isolated}}, {{torch.__version__!r}}")
+        file.writestr("standin-1.dist-info/METADATA", "Metadata-Version: 2.1\\nName: standin\\nVersion: 1\\n")
+        tags = "Root-Is-Purelib: true\\nTag: py3-none-any\\n"
+        file.writestr("standin-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nGenerator: test\\n" + tags)
+        file.writestr("standin-1.dist-info/RECORD", "")
+    return "standin-1-py3-none-any.whl"
+"""
+
+
+@pytest.mark.parametrize("tool", ["pip", "uv"])
+def test_an_isolated_build_finds_the_pytorch_of_the_environment(tool, tmp_path):
+    import torch
+
+    uv = shutil.which("uv") or shutil.which(ROOT / "build" / "uv" / "bin" / "uv")
+    if tool == "uv" and uv is None:
+        pytest.skip("uv is not installed")
+    project = tmp_path / "standin"
+    project.mkdir()
+    (project / "backend.py").write_text(BACKEND.format(csrc=str(ROOT / "csrc")))
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        '[project]\nname = "standin"\nversion = "1"\n'
+    )
+    install = {
+        "pip": [sys.executable, "-m", "pip", "--python", "PYTHON", "install", "--no-deps", "--no-index", project],
+        "uv": [uv, "pip", "install", "--python", "PYTHON", "--no-deps", "--offline", "--no-cache", project],
+    }[tool]
+    for name, sees_torch in (("with", True), ("without", False)):
+        python = environment(tmp_path / name, sees_torch)
+        command = [python if part == "PYTHON" else part for part in install]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        if sees_torch:
+            assert done.returncode == 0, done.stdout + done.stderr
+            report = subprocess.check_output(
+                [python, "-c", "import standin as s; print(s.isolated, s.torch)"], text=True
+            )
+            assert report.split() == ["True", torch.__version__]
+        else:
+            assert done.returncode != 0
+            assert f"none is installed in {tmp_path / name}" in done.stdout + done.stderr
 
 
 # -- reports ---------------------------------------------------------------------------------------------------------
@@ -106,7 +308,7 @@ def test_build_info_has_its_keys():
     assert set(info) == {
         *("version", "built", "problem", "compiler", "cxx_flags", "torch_built", "torch_target", "python_built"),
         *("cuda_built", "cuda_arch_list", "torch", "torch_cuda", "python", "cpu_capability", "triton", "xformers"),
-        "kernels",
+        *("kernels", "cuda_problem"),
     }
     assert info["built"] is (info["problem"] is None)
     if info["built"]:
@@ -160,7 +362,7 @@ def test_a_missing_library_warns_exactly_once_and_the_package_goes_on():
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("RuntimeWarning") == 1, done.stderr
     assert "slower" in done.stderr
-    assert "--no-build-isolation" in done.stderr
+    assert "pip install" in done.stderr
 
 
 def test_the_reference_does_not_miss_the_library():
@@ -188,7 +390,6 @@ def test_the_warning_names_both_sides_when_the_library_does_not_load():
 
 def test_the_warning_tells_a_library_for_another_python_from_none():
     missing = ModuleNotFoundError("No module named 'difffit_fast._C'", name="difffit_fast._C")
-    assert "installed without its C++ extension" in _ext._problem(missing, {}, [])
     assert "no C++ compiler" in _ext._problem(missing, {"not_built": "no C++ compiler (c++ not found)"}, [])
     assert "_C.cpython-39.so is for this Python" in _ext._problem(missing, {}, ["_C.cpython-39.so"])
 
@@ -200,6 +401,93 @@ def test_a_library_from_other_sources_is_refused(monkeypatch):
     module, problem = _ext._library.__wrapped__()
     assert module is None
     assert "other sources: not_there missing" in problem
+
+
+def copy_package(to: Path, *more: Path) -> Path:
+    """A clone's Python files, without what was compiled in it, and the files of ``more``; the clone's folder."""
+    unwanted = shutil.ignore_patterns("*.so", "build_info.json", "__pycache__")
+    shutil.copytree(ROOT / "difffit_fast", to / "difffit_fast", ignore=unwanted)
+    (to / "csrc").mkdir()
+    for file in more:
+        shutil.copy2(file, to / "difffit_fast")
+    return to
+
+
+def test_sources_that_shadow_the_installed_package_say_so(tmp_path):
+    """The editable finder of this environment offers its own library as difffit_fast._C; it is not taken."""
+    clone = copy_package(tmp_path / "clone")
+    code = """
+    import difffit_fast, torch
+    info = difffit_fast.build_info()
+    assert not info["built"] and not hasattr(torch.ops.difffit_fast_cpp, "adaln_forward")
+    print(info["problem"])
+    """
+    done = run_python(code, PYTHONPATH=str(clone), PYTHONSAFEPATH="1")
+    assert done.returncode == 0, done.stderr
+    assert f"{clone / 'difffit_fast'} is the source of difffit_fast, in which nothing has been compiled" in done.stdout
+    assert "PyTorch could not be imported" not in done.stdout
+    if "The installed package is" in done.stdout:
+        assert f"The installed package is {difffit_fast.__path__[0]}." in done.stdout
+        assert "run Python from another folder" in done.stdout
+
+
+def test_of_two_copies_each_loads_its_own_library_and_one_process_loads_one(tmp_path):
+    if not _ext.load():
+        pytest.skip("the extension is not built")
+    library = _ext._beside("_C")
+    first = copy_package(tmp_path / "first", library)
+    second = copy_package(tmp_path / "second", library)
+    code = f"""
+    import sys
+    def package(clone):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "difffit_fast"]:
+            del sys.modules[name]
+        sys.path.insert(0, clone)
+        import difffit_fast._ext
+        return sys.modules["difffit_fast._ext"]
+    one = package({str(first)!r})
+    assert one.load() and one._library()[0].__file__.startswith({str(first)!r}), one._library()
+    again = package({str(first)!r})
+    assert again is not one and again.load()
+    other = package({str(second)!r})
+    assert other._PACKAGE.parent.name == "second"
+    print(other.build_info()["problem"])
+    """
+    done = run_python(code, PYTHONSAFEPATH="1")
+    assert done.returncode == 0, done.stderr
+    assert f"already loaded that of another copy of the package, from {first}" in done.stdout
+
+
+def test_a_cuda_library_that_does_not_load_costs_only_itself(monkeypatch, tmp_path):
+    if not _ext.load():
+        pytest.skip("the extension is not built")
+    (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
+    beside = _ext._beside
+    monkeypatch.setattr(_ext, "_beside", lambda name: tmp_path / "_C_cuda.so" if name == "_C_cuda" else beside(name))
+    monkeypatch.setattr(_ext.torch.version, "cuda", None)
+    assert _ext._cuda_library.__wrapped__() is None  # a PyTorch without CUDA does not try
+    monkeypatch.setattr(_ext.torch.version, "cuda", "13.0")
+    problem = _ext._cuda_library.__wrapped__()
+    assert "_C_cuda.so" in problem and "Triton" in problem
+
+
+# -- the wheel for others --------------------------------------------------------------------------------------------
+def test_a_wheel_holds_our_libraries_alone_and_they_need_pytorch_alone(monkeypatch, tmp_path):
+    pytest.importorskip("elftools", reason="needs auditwheel, which make wheel installs")
+    if not _ext.load():
+        pytest.skip("the extension is not built")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    wheel = importlib.import_module("build_wheel")
+    library = _ext._beside("_C")
+    file = tmp_path / "difffit_fast-0-cp-cp-linux.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.write(library, f"difffit_fast/{library.name}")
+    (needed,) = wheel.check_contents(file).values()
+    assert "libtorch_cpu.so" in needed and not [name for name in needed if "omp" in name or "cuda" in name]
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.write(library, "difffit_fast.libs/libgomp-1.so.1")
+    with pytest.raises(RuntimeError, match=r"has taken in difffit_fast.libs/libgomp"):
+        wheel.check_contents(file)
 
 
 # -- the package -----------------------------------------------------------------------------------------------------
