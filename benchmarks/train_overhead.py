@@ -29,18 +29,19 @@ import torch
 from difffit_fast.data.extract import ExtractConfig, Extraction
 from difffit_fast.train import Trainer
 
-PARTS = {
+PARTS = {  # methods of the trainer and of what it is made of
     "_fetch": "wait for the batch, move it",
-    "_forward": "forward",
-    "_backward": "backward",
-    "_exchange": "add up gradients, read the loss",
-    "_update": "optimizer step",
-    "average": "EMA",
+    "stepper.forward": "forward",
+    "stepper.backward": "backward",
+    "stepper.exchange": "add up gradients",
+    "readback.push": "read the loss",
+    "stepper.update": "optimizer step",
+    "ema.update": "EMA",
     "_log": "log",
     "_save": "checkpoint",
 }
 WARM_UP = 5
-NOT_OVERHEAD = ("_forward", "_backward", "_update")
+NOT_OVERHEAD = ("stepper.forward", "stepper.backward", "stepper.update")
 
 
 def make_features(folder: Path, image_size: int) -> Path:
@@ -104,18 +105,26 @@ class Clock:
 def measure(trainer: Trainer) -> list[dict[str, float]]:
     """Train, with a clock around every part."""
     clock = Clock(trainer.device)
+
+    def watch(name: str) -> None:
+        owner, _, method = name.rpartition(".")
+        part = getattr(trainer, owner) if owner else trainer
+        setattr(part, method, clock.around(name, getattr(part, method)))
+
     for name in PARTS:
-        if name == "average":
-            trainer.ema.update = clock.around(name, trainer.ema.update)
-        else:
-            setattr(trainer, name, clock.around(name, getattr(trainer, name)))
-    fetch = trainer._fetch
+        if not name.startswith("readback"):  # which a run makes when it begins
+            watch(name)
+    fetch, enter = trainer._fetch, trainer._enter
 
     def first(source: Any) -> Any:
         clock.next_step()
         return fetch(source)
 
-    trainer._fetch = first
+    def entered(*args: Any) -> None:
+        enter(*args)
+        watch("readback.push")
+
+    trainer._fetch, trainer._enter = first, entered
     trainer.train()
     return clock.steps
 

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import typing
-from dataclasses import fields
 from typing import Any
 
 import yaml
 
 from ..errors import DiffFitError
-from ..train.config import TrainConfig, flag
-
-GROUPS = {
-    "data_path": "data", "model": "model", "global_batch_size": "optimisation", "results_dir": "run",
-    "fsdp": "several processes (started with torchrun)",
-}  # fmt: skip
+from ..train.config import TrainConfig
+from ..train.settings import Setting, flag, settings_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags; one that is not given leaves no trace, so that the configuration file keeps its say."""
     parser.add_argument("--config", help="YAML file of these settings; flags override it")
-    hints = typing.get_type_hints(TrainConfig)
-    group: Any = parser
-    for f in fields(TrainConfig):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        kind = next((t for t in typing.get_args(hints[f.name]) if t is not type(None)), hints[f.name])
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(f, kind)}
-        if kind is bool:
+    groups: dict[str, Any] = {}
+    for name, setting in settings_of(TrainConfig).items():
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(setting)}
+        if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif kind is dict or hints[f.name] is dict:
+        elif setting.kind is dict:
             options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+        elif setting.choices:
+            options["choices"] = setting.choices
         else:
-            options |= {"type": kind, "metavar": _metavar(kind)}
-            if f.metadata["choices"]:
-                options |= {"choices": f.metadata["choices"], "metavar": None}
-        group.add_argument(flag(f.name), **options)
+            options |= {"type": setting.kind, "metavar": {int: "N", float: "X"}.get(setting.kind, "TEXT")}
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        groups[setting.group].add_argument(flag(name), **options)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,12 +42,10 @@ def run(args: argparse.Namespace) -> int:
 
 def read_config(args: argparse.Namespace) -> TrainConfig:
     """Defaults, then ``--config``, then the flags that were given."""
-    known = {f.name for f in fields(TrainConfig)}
-    given = {key: value for key, value in vars(args).items() if key in known}
-    for key in ("model_args", "method_args"):
-        if key in given:
-            given[key] = _pairs(key, given[key])
-    return TrainConfig.load(args.config, given)
+    settings = settings_of(TrainConfig)
+    given = {key: value for key, value in vars(args).items() if key in settings}
+    pairs = {key: _pairs(key, words) for key, words in given.items() if settings[key].kind is dict}
+    return TrainConfig.load(args.config, given | pairs)
 
 
 def _pairs(name: str, words: list[str]) -> dict[str, Any]:
@@ -68,12 +58,8 @@ def _pairs(name: str, words: list[str]) -> dict[str, Any]:
     return pairs
 
 
-def _help(f: Any, kind: type) -> str:
-    text = f.metadata["help"].replace("%", "%%")
-    if "default" in text or kind is dict or f.default is None or f.default is False:
+def _help(setting: Setting) -> str:
+    text = setting.help.replace("%", "%%")
+    if "default" in text or setting.kind is dict or setting.default is None or setting.default is False:
         return text
-    return f"{text} (default: {f.default})"
-
-
-def _metavar(kind: type) -> str:
-    return {int: "N", float: "X"}.get(kind, "TEXT")
+    return f"{text} (default: {setting.default})"

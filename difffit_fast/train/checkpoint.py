@@ -11,26 +11,21 @@ match was torn by a kill, and the one before it is used.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._files import TEMPORARY, beside, sha256, write_safetensors, write_text
 from ..errors import DiffFitError
-from .ema import EMA
 
 VERSION = 1
 _STEP = re.compile(r"^(\d{7,})\.(safetensors|state)$")
@@ -159,115 +154,3 @@ def _flush_folder(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-# -- what training holds, as named tensors -----------------------------------------------------------------------------
-
-
-def pack(parameters: Mapping[str, nn.Parameter], ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Trainables, averages and optimizer state by name, whole, on the CPU; all processes of an FSDP job call it."""
-    tensors = {f"value/{name}": _whole(p) for name, p in parameters.items()}
-    tensors |= {f"ema/{name}": _whole(t) for name, t in ema.tensors.items()}
-    for name, p in parameters.items():
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = _whole(torch.as_tensor(value))
-    return tensors
-
-
-@torch.no_grad()
-def unpack(
-    tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    updates: int,
-) -> None:
-    """Put back what :func:`pack` took.
-
-    Raises:
-        DiffFitError: the tensors are of other parameters or shapes; nothing has been changed then.
-    """
-    stored = {key.removeprefix("value/"): value for key, value in tensors.items() if key.startswith("value/")}
-    odd = sorted(set(stored) ^ set(parameters)) or [n for n, p in parameters.items() if p.shape != stored[n].shape]
-    if odd:
-        raise DiffFitError(f"the checkpoint does not fit this model: {odd[0]} is missing, unknown or of another shape")
-    states: dict[int, dict[str, Tensor]] = {}
-    for index, (name, p) in enumerate(parameters.items()):
-        p.copy_(_like(stored[name], p))
-        prefix = f"optimizer/{name}/"
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if own:
-            states[index] = {key: _like(value, p) if value.dim() else value for key, value in own.items()}
-    ema.load({name: _like(tensors[f"ema/{name}"], p) for name, p in parameters.items()}, updates)
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, gathered if it is sharded."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True)
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """``value`` on the parameter's device, and sharded as it is."""
-    value = value.to(parameter.device)
-    if hasattr(parameter, "full_tensor") and value.shape == parameter.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
-
-
-# -- generators --------------------------------------------------------------------------------------------------------
-
-
-def generators_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and PyTorch's global generators, as JSON can hold it."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, _text(np.asarray(keys).tobytes()), int(position), int(has_gauss), float(cached)],
-        "torch": _text(torch.get_rng_state().numpy().tobytes()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = _text(torch.cuda.get_rng_state().numpy().tobytes())
-    return state
-
-
-def set_generators_state(state: Mapping[str, Any]) -> None:
-    """Undo :func:`generators_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.frombuffer(base64.b64decode(keys), np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
-
-
-def seed_generators(seed: int) -> None:
-    """Seed all three."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def generators_aside() -> Iterator[None]:
-    """Whatever is drawn inside leaves the global generators as they were."""
-    state = generators_state()
-    try:
-        yield
-    finally:
-        set_generators_state(state)
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

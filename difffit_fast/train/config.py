@@ -4,15 +4,14 @@ Order of precedence: the defaults below, then ``--config file.yaml``, then flags
 Flag names are those of DiT's ``train.py`` where it has one.
 """
 
-# ruff: noqa: RUF009 (the helper that makes a field)
+# ruff: noqa: RUF009 (the helpers that make a field)
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,90 +20,126 @@ import yaml
 from .._files import read_yaml, write_text
 from .._words import nearest
 from ..errors import DiffFitError
+from .settings import FRACTION, FROM_ONE, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED, flag, option, settings_of
 
 # The learning rates that the paper and the public scripts use: ten times higher where little is trained.
 DEFAULT_LR = {"full": 1e-4, "lora": 1e-4}
 DEFAULT_LR_SMALL = 1e-3
 DEFAULT_STEPS = 24_000  # the transfer protocol of the literature
 
-
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    metadata = {"help": help, "choices": choices}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+_data, _model, _optimisation, _run = (partial(option, group) for group in ("data", "model", "optimisation", "run"))
+_processes = partial(option, "several processes (started with torchrun)")
 
 
 @dataclass
 class TrainConfig:
     """Settings of a run; each field is also a flag (``--data-path``) and a key of the YAML file (``data_path``).
 
-    Raises :class:`DiffFitError` from :meth:`validate`, which names the setting, what was expected and what came.
+    A value of a wrong type is refused at once, and one out of bounds or against another by :meth:`validate`: each by a
+    :class:`DiffFitError` that names the setting, what was expected and what came.
     """
 
+    # fmt: off
     # data
-    data_path: str | None = _option(None, "folder with one sub-folder of images per class")
-    feature_path: str | None = _option(None, "features cached by difffit extract, instead of --data-path")
-    image_size: int | None = _option(None, "side of the images, pixels (default: that of the features, else 256)")
-    vae: str = _option("ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels")
-    num_classes: int | None = _option(None, "classes of the model (default: those of the data)")
-    val_path: str | None = _option(None, "images by class, or cached features, for the validation loss")
-    val_fraction: float = _option(0.0, "part of the training data held out for the validation loss")
-    val_samples: int = _option(512, "images that the validation loss looks at, at most")
-    num_workers: int = _option(4, "processes that prepare batches; 0: one thread of this process")
+    data_path: str | None = _data(
+        None, "folder with one sub-folder of images per class", steers=True, rival="feature_path")
+    feature_path: str | None = _data(
+        None, "features cached by difffit extract, instead of --data-path", steers=True, rival="data_path")
+    image_size: int | None = _data(
+        None, "side of the images, pixels (default: that of the features, else 256)",
+        steers=True, bounds=FROM_ONE, part_of_model=True)
+    vae: str = _data(
+        "ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels",
+        steers=True, part_of_model=True, null="none")
+    num_classes: int | None = _data(
+        None, "classes of the model (default: those of the data)", steers=True, bounds=FROM_ONE, part_of_model=True)
+    val_path: str | None = _data(
+        None, "images by class, or cached features, for the validation loss", steers=False, rival="val_fraction")
+    val_fraction: float = _data(
+        0.0, "part of the training data held out for the validation loss",
+        steers=True, bounds=FRACTION, rival="val_path")
+    val_samples: int = _data(512, "images that the validation loss looks at, at most", steers=False, bounds=FROM_ONE)
+    num_workers: int = _data(
+        4, "processes that prepare batches; 0: one thread of this process", steers=False, bounds=FROM_ZERO)
     # model
-    model: str | None = _option(None, "DiT-XL/2, SiT-XL/2 and their kin (default: that of --ckpt, else DiT-XL/2)")
-    model_args: dict = _option({}, "sizes other than the model's, e.g. depth=2 hidden_size=64 num_heads=2")
-    ckpt: str | None = _option(None, "pre-trained DiT or SiT checkpoint (default: random weights, for trying out)")
-    num_heads: int | None = _option(None, "attention heads, for unpublished widths in files that do not record them")
-    method: str = _option("difffit", "difffit, bitfit, full, lora, or another of difffit_fast.baselines")
-    method_args: dict = _option({}, "options of the method, e.g. rank=16, or gamma_blocks=4 for difffit")
-    difffit: str = _option("paper", "what DiffFit trains: paper, minimax, block, bitfit")
-    class_dropout_prob: float | None = _option(
-        None, "how often a label is dropped, for classifier-free guidance (default: 0.1 where there is a null class)"
-    )
-    objective: str | None = _option(
-        None, "ddpm (DiT: noise and learned variance) or flow (SiT) (default: that of the model)", ("ddpm", "flow")
-    )
-    precision: str = _option(
-        "auto", "arithmetic of the model; auto: bf16 where the device has it, else fp32", ("auto", "bf16", "fp32")
-    )
-    tf32: bool = _option(True, "TF32 matrix products in fp32 on GPUs that have them")
-    compile: bool = _option(False, "run the model through torch.compile")
+    model: str | None = _model(
+        None, "DiT-XL/2, SiT-XL/2 and their kin (default: that of --ckpt, else DiT-XL/2)", steers=True)
+    model_args: dict = _model(
+        {}, "sizes other than the model's, e.g. depth=2 hidden_size=64 num_heads=2", steers=True, part_of_model=True)
+    ckpt: str | None = _model(
+        None, "pre-trained DiT or SiT checkpoint (default: random weights, for trying out)", steers=True)
+    num_heads: int | None = _model(
+        None, "attention heads, for unpublished widths in files that do not record them", steers=True, bounds=FROM_ONE)
+    method: str = _model(
+        "difffit", "difffit, bitfit, full, lora, or another of difffit_fast.baselines", steers=True, part_of_model=True)
+    method_args: dict = _model(
+        {}, "options of the method, e.g. rank=16, or gamma_blocks=4 for difffit", steers=True, part_of_model=True)
+    difffit: str = _model(
+        "paper", "what DiffFit trains: paper, minimax, block, bitfit", steers=True, part_of_model=True)
+    class_dropout_prob: float | None = _model(
+        None, "how often a label is dropped, for classifier-free guidance (default: 0.1 where there is a null class)",
+        steers=True, bounds=FRACTION)
+    objective: str | None = _model(
+        None, "ddpm (DiT: noise and learned variance) or flow (SiT) (default: that of the model)",
+        steers=True, choices=("ddpm", "flow"), part_of_model=True)
+    precision: str = _model(
+        "auto", "arithmetic of the model; auto: bf16 where the device has it, else fp32",
+        steers=True, choices=("auto", "bf16", "fp32"))
+    tf32: bool = _model(True, "TF32 matrix products in fp32 on GPUs that have them", steers=True)
+    compile: bool = _model(False, "run the model through torch.compile", steers=True)
     # optimisation
-    global_batch_size: int = _option(32, "images per step, over all processes and accumulation")
-    accumulate: int = _option(1, "parts that a process works through its share of the batch in")
-    lr: float | None = _option(None, "learning rate (default: 1e-3; full and lora: 1e-4)")
-    weight_decay: float = _option(0.0, "AdamW's weight decay")
-    warmup_steps: int = _option(0, "steps of linear warm-up")
-    max_grad_norm: float = _option(0.0, "clip the gradient to this norm; 0: do not")
-    ema_decay: float = _option(0.9999, "decay of the averaged weights, after its own warm-up")
-    max_steps: int | None = _option(None, f"steps to train (default: {DEFAULT_STEPS})")
-    epochs: int | None = _option(None, "passes over the data, instead of --max-steps")
+    global_batch_size: int = _optimisation(
+        32, "images per step, over all processes and accumulation", steers=True, bounds=FROM_ONE)
+    accumulate: int = _optimisation(
+        1, "parts that a process works through its share of the batch in", steers=True, bounds=FROM_ONE)
+    lr: float | None = _optimisation(
+        None, "learning rate (default: 1e-3; full and lora: 1e-4)", steers=True, bounds=POSITIVE)
+    weight_decay: float = _optimisation(0.0, "AdamW's weight decay", steers=True, bounds=NOT_NEGATIVE)
+    warmup_steps: int = _optimisation(0, "steps of linear warm-up", steers=True, bounds=FROM_ZERO)
+    max_grad_norm: float = _optimisation(
+        0.0, "clip the gradient to this norm; 0: do not", steers=True, bounds=NOT_NEGATIVE)
+    ema_decay: float = _optimisation(
+        0.9999, "decay of the averaged weights, after its own warm-up", steers=True, bounds=FRACTION)
+    max_steps: int | None = _optimisation(
+        None, f"steps to train (default: {DEFAULT_STEPS})", steers=False, bounds=FROM_ONE, rival="epochs")
+    epochs: int | None = _optimisation(
+        None, "passes over the data, instead of --max-steps", steers=False, bounds=FROM_ONE, rival="max_steps")
     # the run
-    results_dir: str = _option("results", "where runs are kept, each in NNN-<model>")
-    resume: str = _option("none", "none, auto (the newest run with these settings), a run folder or a checkpoint in it")
-    global_seed: int = _option(0, "seed of everything random")
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
-    log_every: int = _option(100, "steps between lines of the log")
-    ckpt_every: int = _option(1000, "steps between checkpoints")
-    keep_checkpoints: int = _option(5, "newest checkpoints to keep; 0: all")
-    val_every: int = _option(1000, "steps between validation losses, where there is validation data")
-    sample_every: int = _option(0, "steps between grids of samples; 0: none")
-    num_samples: int = _option(8, "images in such a grid")
-    num_sampling_steps: int = _option(50, "sampling steps of such a grid")
-    cfg_scale: float = _option(4.0, "guidance of such a grid")
-    fid_every: int = _option(0, "steps between Fréchet distances of samples to the reference; 0: none")
-    fid_reference: str | None = _option(None, "folder of images or .npz to compare samples with (default: --data-path)")
-    fid_samples: int = _option(1000, "samples of such a distance")
-    fid_features: str = _option("inception", "its features: inception, random-inception, dinov2 or module:function")
-    inception_weights: str | None = _option(None, "file of the public FID Inception weights")
-    tensorboard: bool = _option(False, "write TensorBoard events into the run folder (extra [track])")
-    wandb: str | None = _option(None, "report to this project of Weights & Biases, where wandb is installed")
-    progress: bool = _option(True, "show a progress bar")
+    results_dir: str = _run("results", "where runs are kept, each in NNN-<model>", steers=False)
+    resume: str = _run(
+        "none", "none, auto (the newest run with these settings), a run folder or a checkpoint in it", steers=False)
+    global_seed: int = _run(0, "seed of everything random", steers=True, bounds=SEED)
+    device: str = _run("auto", "auto, cpu, cuda or cuda:N", steers=False)
+    log_every: int = _run(100, "steps between lines of the log", steers=False, bounds=FROM_ONE)
+    ckpt_every: int = _run(1000, "steps between checkpoints", steers=False, bounds=FROM_ONE)
+    keep_checkpoints: int = _run(5, "newest checkpoints to keep; 0: all", steers=False, bounds=FROM_ZERO)
+    val_every: int = _run(
+        1000, "steps between validation losses, where there is validation data", steers=False, bounds=FROM_ONE)
+    sample_every: int = _run(0, "steps between grids of samples; 0: none", steers=False, bounds=FROM_ZERO)
+    num_samples: int = _run(8, "images in such a grid", steers=False, bounds=FROM_ONE)
+    num_sampling_steps: int = _run(50, "sampling steps of such a grid", steers=False, bounds=FROM_ONE)
+    cfg_scale: float = _run(4.0, "guidance of such a grid", steers=False, bounds=NOT_NEGATIVE)
+    fid_every: int = _run(
+        0, "steps between Fréchet distances of samples to the reference; 0: none", steers=False, bounds=FROM_ZERO)
+    fid_reference: str | None = _run(
+        None, "folder of images or .npz to compare samples with (default: --data-path)", steers=False)
+    fid_samples: int = _run(1000, "samples of such a distance", steers=False, bounds=FROM_ONE)
+    fid_features: str = _run(
+        "inception", "its features: inception, random-inception, dinov2 or module:function", steers=False)
+    inception_weights: str | None = _run(None, "file of the public FID Inception weights", steers=False)
+    tensorboard: bool = _run(False, "write TensorBoard events into the run folder (extra [track])", steers=False)
+    wandb: str | None = _run(None, "report to this project of Weights & Biases, where wandb is installed", steers=False)
+    progress: bool = _run(True, "show a progress bar", steers=False)
     # several processes
-    fsdp: bool = _option(False, "method full: shard weights, gradients and optimizer over the processes (FSDP2)")
-    dist_timeout: float = _option(600.0, "seconds after which a process that does not answer ends the job")
+    fsdp: bool = _processes(
+        False, "method full: shard weights, gradients and optimizer over the processes (FSDP2)", steers=True)
+    dist_timeout: float = _processes(
+        600.0, "seconds after which a process that does not answer ends the job", steers=False, bounds=POSITIVE)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for name, setting in settings_of(type(self)).items():
+            setattr(self, name, setting.coerce(getattr(self, name)))
 
     # -- making one ----------------------------------------------------------------------------------------------------
     @classmethod
@@ -115,9 +150,13 @@ class TrainConfig:
         values = read_yaml(path) if path is not None else {}
         config = cls.from_dict(values, source=f"{path}" if path is not None else "")
         changes = dict(overrides or {})
-        for one, other in [*RIVALS, *(pair[::-1] for pair in RIVALS)]:
-            if changes.get(one) is not None and other not in changes:  # a flag beats its rival in the file, too
-                config = config.replace(**{other: getattr(cls(), other)})
+        settings = settings_of(cls)
+        for name, setting in settings.items():
+            rival = setting.rival
+            if (
+                rival and changes.get(name) is not None and rival not in changes
+            ):  # a flag beats its rival in the file, too
+                config = config.replace(**{rival: settings[rival].default})
         return config.replace(**changes).validate()
 
     @classmethod
@@ -126,46 +165,31 @@ class TrainConfig:
         return cls().replace(_source=source, **values)
 
     def replace(self, _source: str = "", **changes: Any) -> TrainConfig:
-        """A copy with ``changes``, each checked for its type."""
-        types = typing.get_type_hints(type(self))
+        """A copy with ``changes``."""
+        settings = settings_of(type(self))
         clean: dict[str, Any] = {}
         for raw, value in changes.items():
             key = str(raw).replace("-", "_")
-            if key not in types:
+            if key not in settings:
                 where = f" in {_source}" if _source else ""
                 raise DiffFitError(
-                    f"unknown setting {str(raw)!r}{where}; the nearest known one is {nearest(key, types)!r}"
+                    f"unknown setting {str(raw)!r}{where}; the nearest known one is {nearest(key, settings)!r}"
                 )
-            clean[key] = _coerce(key, value, types[key])
+            clean[key] = value
         return dataclasses.replace(self, **clean)
 
     # -- checking ------------------------------------------------------------------------------------------------------
     def validate(self) -> TrainConfig:
         """Check every setting on its own and against the others; returns self."""
-        for f in fields(self):
-            choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in (*choices, f.default):
-                raise DiffFitError(f"{flag(f.name)} must be one of {', '.join(choices)}; got {getattr(self, f.name)!r}")
-        for name in ("global_batch_size", "accumulate", "log_every", "ckpt_every", "val_every",
-                     "val_samples", "num_samples", "num_sampling_steps"):  # fmt: skip
-            self._at_least(name, 1)
-        for name in ("image_size", "num_classes", "num_heads", "max_steps", "epochs"):
-            self._at_least(name, 1)
-        for name in ("num_workers", "weight_decay", "warmup_steps", "max_grad_norm", "keep_checkpoints", "sample_every",
-                     "fid_every", "global_seed", "cfg_scale"):  # fmt: skip
-            self._at_least(name, 0)
-        for name in ("lr", "dist_timeout"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise DiffFitError(f"{flag(name)} must be positive; got {value}")
-        for name in ("class_dropout_prob", "val_fraction", "ema_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise DiffFitError(f"{flag(name)} must be at least 0 and less than 1; got {getattr(self, name)}")
-        if self.max_steps is not None and self.epochs is not None:
-            raise DiffFitError(f"give --max-steps or --epochs, not both; got {self.max_steps} and {self.epochs}")
-        if self.val_path is not None and self.val_fraction > 0:
-            raise DiffFitError("give --val-path or --val-fraction, not both")
+        settings = settings_of(type(self))
+        for name, setting in settings.items():
+            setting.check(getattr(self, name))
+        given = [name for name, setting in settings.items() if getattr(self, name) != setting.default]
+        for name in given:
+            rival = settings[name].rival
+            if rival in given:
+                both = f"{getattr(self, name)} and {getattr(self, rival)}"
+                raise DiffFitError(f"give {flag(name)} or {flag(rival)}, not both; got both: {both}")
         if self.accumulate > self.global_batch_size:
             raise DiffFitError(
                 f"--accumulate must be at most --global-batch-size; got {self.accumulate} and {self.global_batch_size}"
@@ -173,11 +197,6 @@ class TrainConfig:
         if self.fsdp and self.method != "full":
             raise DiffFitError(f"--fsdp is for --method full; {self.method} has too little to shard")
         return self
-
-    def _at_least(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if value is not None and not (value >= low and math.isfinite(value)):
-            raise DiffFitError(f"{flag(name)} must be at least {low}; got {value}")
 
     @property
     def learning_rate(self) -> float:
@@ -192,48 +211,8 @@ class TrainConfig:
         """Write the effective configuration as YAML; ``--config`` reads it back."""
         write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
 
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """The settings that steer training and differ in ``other``, as ``name: theirs -> ours``."""
+    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The settings that steer training and are others in ``other``, as (theirs, ours); none that is missing there."""
         mine = self.to_dict()
-        keys = [f.name for f in fields(self) if f.name not in NOT_STEERING]
-        return [f"{k}: {other.get(k)} -> {mine[k]}" for k in keys if k in other and other[k] != mine[k]]
-
-
-# Settings that may change between a run and its continuation without changing what is computed at a step.
-NOT_STEERING = frozenset({
-    "results_dir", "resume", "device", "log_every", "ckpt_every", "keep_checkpoints", "val_path", "val_samples",
-    "val_every", "sample_every", "num_samples", "num_sampling_steps", "cfg_scale", "num_workers", "tensorboard",
-    "fid_every", "fid_reference", "fid_samples", "fid_features", "inception_weights",
-    "wandb", "progress", "dist_timeout", "max_steps", "epochs",
-})  # fmt: skip
-
-# Pairs of which only one can be given.
-RIVALS = (("max_steps", "epochs"), ("val_path", "val_fraction"), ("data_path", "feature_path"))
-
-
-def flag(name: str) -> str:
-    """The flag of a setting: ``data_path`` -> ``--data-path``."""
-    return "--" + name.replace("_", "-")
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """``value`` in the type of its field, or an error; YAML reads 1e-3 as text and 1 as an integer."""
-    optional = type(None) in typing.get_args(hint)
-    target = next((t for t in typing.get_args(hint) if t is not type(None)), hint) if optional else hint
-    if value is None and optional:
-        return None
-    if target is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if target is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if target is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if target is str and value is None and name == "vae":  # YAML's bare `none` is text, `null` is this
-        return "none"
-    if isinstance(value, target) and not (target in (int, float) and isinstance(value, bool)):
-        return dict(value) if target is dict else value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
-    raise DiffFitError(f"{flag(name)} must be {names[target]}; got {value!r}")
+        steering = [name for name, setting in settings_of(type(self)).items() if setting.steers and name in other]
+        return {name: (other[name], mine[name]) for name in steering if other[name] != mine[name]}

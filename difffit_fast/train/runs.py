@@ -7,15 +7,17 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .._files import TEMPORARY, beside, read_yaml
 from ..errors import DiffFitError
 from ..models.load import RUN_SETTINGS as CONFIG_FILE
 from .checkpoint import Checkpoint, CheckpointFolder
 from .config import TrainConfig
+from .settings import settings_of
 
 BIRTH_SECONDS = 60
 _RUN = re.compile(r"^(\d{3,})-(.+)$")
@@ -111,10 +113,12 @@ def find_start(config: TrainConfig, model: str) -> Start:
         folder = CheckpointFolder(path.parent)
         checkpoint = folder.read(int(step))
         path = path.parent.parent if checkpoint.step == folder.steps()[-1] else None
-    _refuse_other_model(config, checkpoint)
     changed = config.differences(checkpoint.info.get("config", {}))
+    for name, (theirs, ours) in changed.items():
+        if settings_of(TrainConfig)[name].part_of_model:
+            raise DiffFitError(f"cannot resume {checkpoint.delta}: its {name} is {theirs}, and {ours} was asked for")
     if changed:
-        messages.append(f"settings that differ from the run's: {'; '.join(changed)}")
+        messages.append(f"settings that differ from the run's: {_listed(changed)}")
     return Start(path, checkpoint, messages)
 
 
@@ -126,7 +130,7 @@ def _newest_alike(config: TrainConfig, model: str) -> Start:
         except DiffFitError:  # no run of ours
             continue
         if changed := config.differences(theirs):
-            others.append(f"{folder} differs in {'; '.join(changed)}")
+            others.append(f"{folder} differs in {_listed(changed)}")
             continue
         messages: list[str] = []
         checkpoint = CheckpointFolder(folder / "checkpoints").newest(messages.append)
@@ -137,17 +141,8 @@ def _newest_alike(config: TrainConfig, model: str) -> Start:
     return Start(None, None, [f"nothing to resume ({reason}); a new run"])
 
 
-# Settings without which the tensors of a checkpoint mean something else.
-_MODEL_SETTINGS = ("method", "method_args", "difffit", "objective", "vae", "image_size", "num_classes", "model_args")
-
-
-def _refuse_other_model(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    theirs, ours = checkpoint.info.get("config", {}), config.to_dict()
-    for key in _MODEL_SETTINGS:
-        if key in theirs and theirs[key] != ours[key]:
-            raise DiffFitError(
-                f"cannot resume {checkpoint.delta}: its {key} is {theirs[key]}, and {ours[key]} was asked for"
-            )
+def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name}: {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
 
 
 class RunLock:

@@ -65,11 +65,11 @@ class Tracker:
         else:
             print(text, file=sys.stderr)
 
-    def step(self, images_per_second: float | None = None, loss: float | None = None) -> None:
-        """One more step on the bar; numbers beside it where they are known."""
+    def step(self, images_per_second: float, loss: float) -> None:
+        """One more step on the bar, and its numbers beside it; the rate is 0 before it can be known."""
         if self._bar is None:
             return
-        if loss is not None and images_per_second is not None:
+        if images_per_second > 0:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_second:.1f} images/s", refresh=False)
         self._bar.update()
 

@@ -1,0 +1,111 @@
+"""Every setting declares what is checked about it, and every one is checked."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from difffit_fast.cli import main
+from difffit_fast.errors import DiffFitError
+from difffit_fast.train import TrainConfig
+from difffit_fast.train.settings import FRACTION, FROM_ONE, POSITIVE, Bounds, option, settings_of
+
+SETTINGS = settings_of(TrainConfig)
+NUMBERS = [name for name, setting in SETTINGS.items() if setting.kind in (int, float)]
+HUGE = 10**400
+WRONG_TYPE = {int: (True, 2.5, math.nan, math.inf, "1" + "0" * 400), float: (True, "fast", {}), bool: (1, "yes", None),
+              str: (True, 3, {}), dict: ("a=1", 3, None)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_field_declares_what_is_known_of_it(name: str) -> None:
+    setting = SETTINGS[name]
+    assert isinstance(setting.steers, bool) and setting.help and setting.group
+    assert (setting.bounds is not None) == (setting.kind in (int, float))
+    assert setting.rival is None or SETTINGS[setting.rival].rival == name
+    assert setting.steers or not setting.part_of_model
+    assert setting.default is None or setting.coerce(setting.default) == setting.default
+    setting.check(setting.default)
+
+
+def test_steering_is_never_left_to_a_default() -> None:
+    with pytest.raises(TypeError, match="steers"):
+        option("run", 1, "something new")  # type: ignore[call-arg]
+
+
+def refused(name: str, value: object) -> str:
+    """The sentence by which a value is refused, the same however the settings are made."""
+    told = set()
+    for make in (TrainConfig.from_dict, lambda values: TrainConfig(**values)):
+        with pytest.raises(DiffFitError) as caught:
+            make({name: value}).validate()
+        told.add(str(caught.value))
+    assert len(told) == 1
+    return told.pop()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_out_of_bounds_are_refused_by_one_sentence(name: str) -> None:
+    setting = SETTINGS[name]
+    values = [setting.bounds.low - 1, -HUGE, HUGE]
+    if setting.kind is float:
+        values += [math.nan, math.inf, -math.inf, "nan", "1e999"]
+    if setting.bounds.open:
+        values.append(setting.bounds.low)
+    if setting.bounds.below < math.inf:
+        values.append(setting.bounds.below)
+    for value in values:
+        text = refused(name, value)
+        assert text.startswith(f"--{name.replace('_', '-')} must be ") and "; got " in text, (value, text)
+        assert "\n" not in text and len(text) < 130, (value, text)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_values_of_another_type_are_refused_by_one_sentence(name: str) -> None:
+    setting = SETTINGS[name]
+    for value in WRONG_TYPE[setting.kind]:
+        if value is None and setting.optional:
+            continue
+        text = refused(name, value)
+        assert text.startswith(f"--{name.replace('_', '-')} must be ") and "; got " in text, (value, text)
+        assert "\n" not in text and len(text) < 180, (value, text)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_flags_and_files_refuse_them_too(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({name: HUGE}))
+    flag = f"--{name.replace('_', '-')}"
+    for words in ([f"{flag}=-1"], [flag, "1" + "0" * 400], ["--config", str(tmp_path / "run.yaml")]):
+        assert main(["train", *words]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"difffit train: {flag} must be ") and told.count("\n") == 1, told
+
+
+def test_sentences() -> None:
+    assert FROM_ONE.objection(0) == "at least 1" and FROM_ONE.objection(1) is None
+    assert FROM_ONE.objection(HUGE) == f"at least 1 and less than {2**63}"
+    assert POSITIVE.objection(0) == POSITIVE.objection(math.nan) == "positive" and POSITIVE.objection(1e-300) is None
+    assert POSITIVE.objection(math.inf) == "positive and finite"
+    assert FRACTION.objection(1.0) == "at least 0 and less than 1" and FRACTION.objection(0.0) is None
+    assert Bounds(2, open=True).objection(2) == "more than 2"
+    assert "about 400 digits" in refused("max_steps", HUGE)
+
+
+@pytest.mark.parametrize(("name", "rival"), [(n, s.rival) for n, s in SETTINGS.items() if s.rival])
+def test_rivals(name: str, rival: str, tmp_path: Path) -> None:
+    some = {int: 3, float: 0.5, str: "here"}
+    values = {key: some[SETTINGS[key].kind] for key in (name, rival)}
+    with pytest.raises(DiffFitError, match="not both; got both"):
+        TrainConfig.from_dict(values).validate()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({rival: values[rival]}))
+    config = TrainConfig.load(tmp_path / "run.yaml", {name: values[name]})  # a flag beats its rival in the file
+    assert getattr(config, rival) == SETTINGS[rival].default and getattr(config, name) == values[name]
+
+
+def test_differences_are_those_of_settings_that_steer() -> None:
+    config = TrainConfig(lr=0.1, results_dir="a", method="bitfit")
+    assert config.differences({"lr": 0.2, "results_dir": "b", "method": "bitfit", "gone": 1}) == {"lr": (0.2, 0.1)}
+    assert TrainConfig(vae=None).vae == "none"  # a bare `none` in YAML is text, a null is this
