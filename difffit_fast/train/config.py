@@ -153,9 +153,7 @@ class TrainConfig:
         settings = settings_of(cls)
         for name, setting in settings.items():
             rival = setting.rival
-            if (
-                rival and changes.get(name) is not None and rival not in changes
-            ):  # a flag beats its rival in the file, too
+            if rival and changes.get(name) is not None and rival not in changes:  # a flag beats its rival in the file
                 config = config.replace(**{rival: settings[rival].default})
         return config.replace(**changes).validate()
 
