@@ -28,20 +28,23 @@ import torch
 
 from difffit_fast.data.extract import ExtractConfig, Extraction
 from difffit_fast.train import Trainer
+from difffit_fast.train.ema import EMA
+from difffit_fast.train.readback import Readback
+from difffit_fast.train.step import Stepper
 
-PARTS = {  # methods of the trainer and of what it is made of
-    "_fetch": "wait for the batch, move it",
-    "stepper.forward": "forward",
-    "stepper.backward": "backward",
-    "stepper.exchange": "add up gradients",
-    "readback.push": "read the loss",
-    "stepper.update": "optimizer step",
-    "ema.update": "EMA",
-    "_log": "log",
-    "_save": "checkpoint",
+PARTS = {
+    "wait for the batch, move it": (Trainer, "_fetch"),
+    "forward": (Stepper, "forward"),
+    "backward": (Stepper, "backward"),
+    "add up gradients": (Stepper, "exchange"),
+    "read the loss": (Readback, "push"),
+    "optimizer step": (Stepper, "update"),
+    "EMA": (EMA, "update"),
+    "log": (Trainer, "_log"),
+    "checkpoint": (Trainer, "_save"),
 }
 WARM_UP = 5
-NOT_OVERHEAD = ("stepper.forward", "stepper.backward", "stepper.update")
+NOT_OVERHEAD = ("forward", "backward", "optimizer step")
 
 
 def make_features(folder: Path, image_size: int) -> Path:
@@ -105,27 +108,21 @@ class Clock:
 def measure(trainer: Trainer) -> list[dict[str, float]]:
     """Train, with a clock around every part."""
     clock = Clock(trainer.device)
-
-    def watch(name: str) -> None:
-        owner, _, method = name.rpartition(".")
-        part = getattr(trainer, owner) if owner else trainer
-        setattr(part, method, clock.around(name, getattr(part, method)))
-
-    for name in PARTS:
-        if not name.startswith("readback"):  # which a run makes when it begins
-            watch(name)
-    fetch, enter = trainer._fetch, trainer._enter
+    plain = {name: getattr(part, method) for name, (part, method) in PARTS.items()}
+    for name, (part, method) in PARTS.items():
+        setattr(part, method, clock.around(name, plain[name]))
+    fetch = trainer._fetch
 
     def first(source: Any) -> Any:
         clock.next_step()
         return fetch(source)
 
-    def entered(*args: Any) -> None:
-        enter(*args)
-        watch("readback.push")
-
-    trainer._fetch, trainer._enter = first, entered
-    trainer.train()
+    trainer._fetch = first
+    try:
+        trainer.train()
+    finally:
+        for name, (part, method) in PARTS.items():
+            setattr(part, method, plain[name])
     return clock.steps
 
 
@@ -159,18 +156,18 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     total = sum(step["step"] for step in steps)
-    rows = {key: sum(step.get(key, 0.0) for step in steps) for key in PARTS}
+    rows = {name: sum(step.get(name, 0.0) for step in steps) for name in PARTS}
     # A checkpoint belongs to its interval, not to the few steps that were watched: it is listed, and counted per 1000 steps.
-    saves = [step["_save"] for step in steps if "_save" in step]
+    saves = [step["checkpoint"] for step in steps if "checkpoint" in step]
     total -= sum(saves)
-    rows.pop("_save")
-    rows["rest"] = total - sum(rows.values())
-    overhead = sum(value for key, value in rows.items() if key not in NOT_OVERHEAD) / total
+    rows.pop("checkpoint")
+    rows["the loop itself"] = total - sum(rows.values())
+    overhead = sum(value for name, value in rows.items() if name not in NOT_OVERHEAD) / total
     save = statistics.median(saves) if saves else 0.0
     per_step = total / len(steps)
     report |= {
         "step_ms": 1e3 * per_step,
-        "parts_ms": {PARTS.get(key, "the loop itself"): 1e3 * value / len(steps) for key, value in rows.items()},
+        "parts_ms": {name: 1e3 * value / len(steps) for name, value in rows.items()},
         "checkpoint_ms": 1e3 * save,
         "overhead": overhead,
         "overhead_with_checkpoints_every_1000_steps": overhead + save / 1000 / per_step,

@@ -176,7 +176,7 @@ def residual_adaln_calls(inputs: list[Tensor]) -> Calls:
 def linear_calls(inputs: list[Tensor]) -> Calls:
     x, weight, bias = inputs
     dy = x.detach().new_ones(*x.shape[:-1], weight.shape[0])
-    backward = [("frozen_linear_backward", (dy, weight, dx, db)) for dx in (True, False) for db in (True, False)]
+    backward = [("frozen_linear_backward", (dy, weight, dx, not dx)) for dx in (True, False)]
     return [("frozen_linear", (x, weight, bias)), ("frozen_linear", (x, weight, None)), *backward]
 
 
@@ -192,7 +192,7 @@ def qkv_calls(inputs: list[Tensor]) -> Calls:
     qkv = torch.ops.difffit_fast.frozen_qkv(h, weight, bias_q, gamma)
     saved = detached(torch.ones_like(qkv), weight, None if gamma is None else qkv, gamma)
     backward = [("frozen_qkv_backward", (*saved, dh)) for dh in (True, False)]
-    return [("frozen_qkv", (h, weight, bias_q, gamma)), *backward, *attention_calls([qkv.detach().requires_grad_()])]
+    return [("frozen_qkv", (h, weight, bias_q, gamma)), *backward]
 
 
 def attention_calls(inputs: list[Tensor]) -> Calls:

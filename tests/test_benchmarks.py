@@ -224,6 +224,24 @@ def test_profile_of_a_step(load, tmp_path: Path, monkeypatch) -> None:
     assert speed.spread([1.0])["median"] == 1000
 
 
+def test_every_part_of_the_trainers_step_is_timed(load, tmp_path: Path) -> None:
+    from training import SETTINGS, digits
+
+    overhead = load("train_overhead")
+    images = digits(tmp_path / "images")
+    settings = {**SETTINGS, "max_steps": 4, "ckpt_every": 2, "results_dir": str(tmp_path / "runs")}
+    with pytest.warns(UserWarning, match="random"):
+        trainer = overhead.Trainer(data_path=str(images), **settings)
+    plain = overhead.Stepper.update
+    steps = overhead.measure(trainer)
+    assert len(steps) == 3 and overhead.Stepper.update is plain  # the last step has no successor to end it
+    for step in steps:
+        parts = {name: seconds for name, seconds in step.items() if name != "step"}
+        assert overhead.PARTS.keys() - parts.keys() <= {"checkpoint"}
+        assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) < step["step"]
+    assert ["checkpoint" in step for step in steps] == [False, True, False]
+
+
 def test_groups_of_kernels(load) -> None:
     group_of = load("profile_step").group_of
     for name, group in (

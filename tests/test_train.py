@@ -9,6 +9,7 @@ import re
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from training import SETTINGS, TINY, digits
 from difffit_fast import DiT, FastDiffFitDiT
 from difffit_fast.data import ImageFolder
 from difffit_fast.errors import DiffFitError
-from difffit_fast.train import NonFiniteLossError, TrainConfig, Trainer
+from difffit_fast.train import NonFiniteLossError, TrainConfig, Trainer, pace
 from difffit_fast.train.checkpoint import CheckpointFolder
 from difffit_fast.train.ema import EMA
 from difffit_fast.train.stream import TrainStream, ValidationStream, batches, hold_out, share
@@ -181,6 +182,21 @@ def test_the_average_follows_its_formula() -> None:
     value, average = parameter.detach().clone(), ema.tensors["p"].clone()
     ema.exchange()
     assert torch.equal(parameter, average) and torch.equal(ema.tensors["p"], value)
+
+
+def test_looks_do_not_count_into_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: now))
+    run = pace.Pace(step=100)
+    assert run.rate(100) == 0
+    now = 14.0
+    with run.stopped():
+        now = 50.0
+    now = 51.0
+    assert run.rate(110) == 2.0  # ten steps in 4 + 1 seconds
+    run.restart(110)
+    now = 52.0
+    assert run.rate(113) == 3.0
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -360,9 +376,12 @@ def test_from_a_checkpoint_with_other_classes_and_another_size(images: Path, tmp
     )  # new rows come from the seed
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])  # there read one step late
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(
+    images: Path, tmp_path: Path, device: str
+) -> None:
     with pytest.warns(UserWarning):
-        trainer = Trainer(**settings(images, tmp_path))
+        trainer = Trainer(**settings(images, tmp_path, device=device))
     losses = trainer.objective.losses
     trainer.objective.losses = lambda model, batch: losses(model, batch) * (math.nan if trainer.step == 5 else 1)
     with pytest.raises(NonFiniteLossError, match="nan at step 6; the checkpoint of step 4 is kept"):

@@ -97,9 +97,6 @@ class TrainStream(Dataset):
             self.load(position, batch, row)
         return batch
 
-    def __getitem__(self, position: int) -> Batch:
-        return self.__getitems__([position])
-
     def __len__(self) -> int:
         return len(self.indices)
 

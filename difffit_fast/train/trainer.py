@@ -163,7 +163,6 @@ class Trainer:
             self.config.save(self.folder / CONFIG_FILE)  # of the newest part of the run
         folder = self.folder if self.world.main else None
         self.tracker = Tracker(folder, self.config, self.step, self.parts.total_steps)
-        self.pace = Pace(self.step)
         self.readback = Readback(self.config, self.world, self.interrupt, self.checkpoints, window, self._tell_loss)
 
     def _lock_folder(self, start: Start) -> Path:
@@ -174,7 +173,7 @@ class Trainer:
     def _loop(self) -> None:
         config, total = self.config, self.parts.total_steps
         self.model.train()
-        self.pace.restart(self.step)
+        self.pace = Pace(self.step)
         saved = self.step if self.step else -1
         source = batches(
             self.stream, self.position, total - self.step, config.global_batch_size, rank=self.world.rank,
