@@ -202,7 +202,7 @@ class Trainer:
     def _one_step(self, batch: Batch) -> None:
         loss = self.stepper.gradients(batch)
         numbers = self.stepper.exchange(loss, self.interrupt.number)
-        self.readback.push(self.step + 1, numbers)
+        self.readback.push(self.step + 1, numbers)  # before the update: on the CPU a NaN does not reach the weights
         self.stepper.update(self.step)
         self.ema.update()
 
