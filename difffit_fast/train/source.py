@@ -69,7 +69,7 @@ def open_source(
     decoder: LatentSpace | PixelSpace | None = encoder
     if encoder is None and on_pixels:
         decoder = PixelSpace()
-    elif encoder is None and config.sample_every:  # cached latents need it for samples alone
+    elif encoder is None and (config.sample_every or config.fid_every):  # cached latents need it for samples alone
         decoder = load_vae(vae, device)
     return Source(data, validation, vae, encoder, decoder, channels, size)
 
