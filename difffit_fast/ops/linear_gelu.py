@@ -3,7 +3,8 @@
     linear_gelu    u = h·W₁ᵀ + b₁,  g = GELU(u)                     epilogue GELU_AUX_BIAS
     dgelu_dgrad    du = (dbranch·W₂) ⊙ GELU′(u),  db₁ = Σ_m du      epilogue DGELU_BGRAD
 
-The fused kernels are in ``csrc/cuda/linear_gelu.cu``. Whether they are faster than a plain product followed by the
+The fused kernels are in ``csrc/cuda/linear_gelu.cu``: two operations with schemas, choices and a benchmark of their own,
+hence a stem of their own, that :mod:`.frozen_mlp` may use or not. Whether they are faster than a plain product followed by the
 activation's own kernel depends on GPU, shape and cuBLAS version, so on CUDA both are timed once per device, shape and
 dtype (:mod:`.probe`). ``DIFFFIT_FAST_CUBLASLT`` overrules that:
 
