@@ -27,19 +27,11 @@ def modules() -> dict[str, Path]:
 
 
 def imports(module: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the package that ``module`` imports anywhere, but for type checking alone."""
+    """The modules of the package that ``module`` imports, anywhere in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,19 +48,6 @@ class BaselineDiT(DiT):
         for p in self.trainable_parameters():
             if p.dtype in (torch.bfloat16, torch.float16):
                 p.data = p.data.float()
-
-    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that optimizer, EMA and file hold."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Exactly what optimizer and EMA should hold."""
-        return (p for _, p in self.named_trainable_parameters())
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters."""
-        return sum(p.numel() for p in self.trainable_parameters())
 
 
 def new_like(parameter: nn.Parameter, *shape: int) -> nn.Parameter:

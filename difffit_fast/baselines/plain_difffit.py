@@ -6,7 +6,6 @@ write it on top of a DiT: affine LayerNorm, γ multiplied where the method says,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,9 +39,6 @@ class PlainDiffFitDiT(DiT):
             self.final_layer.norm_final = nn.LayerNorm(d, eps=LN_EPS)
         for name, p in self.named_parameters():
             p.requires_grad_(config.trains(name))
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.parameters() if p.requires_grad)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x = self.x_embedder(x) + self.pos_embed

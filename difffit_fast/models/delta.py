@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from ..errors import DeltaMismatchError, DiffFitError
 from .difffit import DiffFitConfig
+from .dit import DiT
 from .header import read_header, write_model_file
-
-if TYPE_CHECKING:
-    from .fast_dit import FastDiffFitDiT
 
 
 def base_hash(model: torch.nn.Module) -> str:
@@ -35,14 +33,14 @@ def base_hash(model: torch.nn.Module) -> str:
 
 
 def save_delta(
-    model: FastDiffFitDiT,
+    model: DiT,
     path: str | os.PathLike[str],
     *,
     tensors: Mapping[str, Tensor] | None = None,
     class_names: Sequence[str] | None = None,
     **metadata: Any,
 ) -> None:
-    """Write the trainables of ``model`` beside ``path`` and rename, so that a broken write leaves nothing.
+    """Write the trainables of ``model``, a FastDiffFitDiT, beside ``path`` and rename, so that a broken write leaves nothing.
 
     The same model gives the same bytes.
 
@@ -104,8 +102,8 @@ def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
 
 
 @torch.no_grad()
-def load_delta(model: FastDiffFitDiT, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a delta into ``model`` and return its metadata. Nothing is changed when it does not belong.
+def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a delta into ``model``, a FastDiffFitDiT, and return its metadata. Nothing is changed when it does not belong.
 
     Raises:
         DeltaMismatchError: the delta was made for another size, class count, set of trainables, image size or base; the
@@ -146,7 +144,7 @@ def load_delta(model: FastDiffFitDiT, path: str | os.PathLike[str]) -> dict[str,
     return metadata
 
 
-def cached_base_hash(model: FastDiffFitDiT) -> str:
+def cached_base_hash(model: DiT) -> str:
     """:func:`base_hash`, computed again only after a frozen weight was replaced or written to."""
     key = tuple((p.data_ptr(), p._version) for p in model.parameters() if not p.requires_grad)
     cached = model.__dict__.get("_base_hash")

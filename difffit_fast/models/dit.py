@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -227,9 +227,11 @@ class DiT(nn.Module):
 
     Attributes:
         pos_embed_scale: scale of the coordinates of the positional table; see :func:`sincos_pos_embed`.
+        random_base: the seed that the weights came from, where they are random and stay so; else None.
     """
 
     pos_embed_scale: float = 1.0
+    random_base: int | None = None
 
     def __init__(
         self,
@@ -276,6 +278,19 @@ class DiT(nn.Module):
     def has_null_class(self) -> bool:
         """Whether the class table has a row for dropped labels, without which a model cannot be guided."""
         return self.y_embedder.embedding_table.num_embeddings > self.num_classes
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer, EMA and file hold: those that require gradients."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Exactly what optimizer and EMA should hold."""
+        return (p for _, p in self.named_trainable_parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters, e.g. 832,928 for DiffFit on DiT-XL/2 with 101 classes and the preset "paper"."""
+        return sum(p.numel() for p in self.trainable_parameters())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # What no tensor tells (heads, null class) travels in the metadata of the state dict, which torch.save keeps.

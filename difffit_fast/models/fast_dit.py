@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +87,6 @@ class FastDiffFitDiT(DiT):
         self.compute_dtype = compute_dtype
         self.attention = attention
         self.gradient_checkpointing = False
-        self.random_base: int | None = None  # the seed of the frozen weights, where they are random
         self._add_difffit_parameters()
         for name, p in self.named_parameters():
             p.requires_grad_(self.difffit.trains(name))
@@ -114,19 +113,6 @@ class FastDiffFitDiT(DiT):
             for block in self.blocks:
                 block.norm1, block.norm2 = nn.LayerNorm(d, eps=LN_EPS), nn.LayerNorm(d, eps=LN_EPS)
             self.final_layer.norm_final = nn.LayerNorm(d, eps=LN_EPS)
-
-    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimizer, EMA and the delta hold."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Exactly what optimizer and EMA should hold."""
-        return (p for _, p in self.named_trainable_parameters())
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters, e.g. 832,928 for DiT-XL/2 with 101 classes and the preset "paper"."""
-        return sum(p.numel() for p in self.trainable_parameters())
 
     def _check_frozen(self) -> None:
         for name, module, key in self._frozen:
@@ -296,7 +282,7 @@ class FastDiffFitDiT(DiT):
         """
         model = cls._of_file(model_of(dit_or_state_dict), **kwargs)
         if isinstance(dit_or_state_dict, nn.Module):
-            model.random_base = getattr(dit_or_state_dict, "random_base", None)
+            model.random_base = dit_or_state_dict.random_base
         return model
 
     @classmethod

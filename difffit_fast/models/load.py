@@ -103,9 +103,7 @@ def _with_delta(
             f", which {Path(delta).resolve().parent.parent / RUN_SETTINGS} names as the base of {delta}; give --ckpt"
         )
     if ckpt is None:
-        base = random_dit(config, seed)
-        model = FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
-        model.random_base = seed
+        model = FastDiffFitDiT.from_dit(random_dit(config, seed), difffit=difffit, compute_dtype=compute_dtype)
     else:
         if found_by and not Path(ckpt).exists():
             raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")

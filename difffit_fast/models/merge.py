@@ -7,15 +7,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from .dit import DiT
-
-if TYPE_CHECKING:
-    from .fast_dit import FastDiffFitDiT
 
 
 def _scale_rows(linear: nn.Linear, *gammas: Tensor | None) -> None:
@@ -38,7 +33,7 @@ def _fold_norm(modulation: nn.Linear, norm: nn.LayerNorm, shift_row: int) -> Non
 
 
 @torch.no_grad()
-def merge(model: FastDiffFitDiT, dtype: torch.dtype = torch.float32) -> DiT:
+def merge(model: DiT, dtype: torch.dtype = torch.float32) -> DiT:
     """A plain :class:`DiT` in ``dtype`` (float32 or float64), on the model's device, that computes what ``model`` does.
 
     Frozen weights held in bfloat16 come out as those bfloat16 values: to merge without that rounding, load the base with

@@ -23,6 +23,7 @@ def random_dit(config: Mapping[str, Any], seed: int, *, alive: bool = True) -> D
             with torch.no_grad():
                 for linear in [*linears, dit.final_layer.adaLN_modulation[1], dit.final_layer.linear]:
                     linear.weight.normal_(std=0.02)
+    dit.random_base = seed
     return dit
 
 

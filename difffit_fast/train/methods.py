@@ -112,9 +112,7 @@ def _random_base(config: TrainConfig, channels: int, input_size: int, num_classe
     if config.num_heads is not None:
         sizes["num_heads"] = config.num_heads
     sizes |= dict(class_dropout_prob=prob, input_size=input_size, in_channels=channels, num_classes=num_classes)
-    dit = random_dit(sizes, config.global_seed, alive=config.method != "full")
-    dit.random_base = config.global_seed
-    return dit
+    return random_dit(sizes, config.global_seed, alive=config.method != "full")
 
 
 def _with_method(base: DiT, config: TrainConfig, dtype: torch.dtype) -> nn.Module:
