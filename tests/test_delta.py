@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_fast_dit import PRESETS, SMALL, batch, shake
 
@@ -196,6 +197,34 @@ def test_delta_errors(tmp_path) -> None:
     with pytest.raises(DiffFitError, match="exactly the trainable parameters"):
         fast.save_delta(tmp_path / "d.safetensors", tensors={"odd": torch.ones(1)})
     assert not (tmp_path / "d.safetensors").exists()
+
+
+HOSTILE = {
+    "a frozen weight": ({"blocks.0.attn.qkv.weight": torch.zeros(144, 48)}, "qkv.weight is not trained by this model"),
+    "the positions": ({"pos_embed": torch.zeros(1, 16, 48)}, "pos_embed is not trained by this model"),
+    "NaN": ({"blocks.0.mlp.fc1.bias": torch.full((192,), torch.nan)}, "fc1.bias holds 192 of 192 values that are NaN"),
+    "infinity": ({"blocks.0.gamma1": torch.full((48,), torch.inf)}, "gamma1 holds 48 of 48 values"),
+    "integers": ({"blocks.0.gamma1": torch.ones(48, dtype=torch.int32)}, "gamma1 is int32; weights must be"),
+    "booleans": ({"blocks.0.gamma1": torch.ones(48, dtype=torch.bool)}, "gamma1 is bool; weights must be"),
+    "another shape": ({"blocks.0.gamma1": torch.ones(1)}, r"gamma1 has the shape \(1,\), the model \(48,\)"),
+    "one too few": ({"blocks.0.gamma1": None}, "blocks.0.gamma1 is missing from the file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_delta_holds_exactly_the_trainables_floating_and_finite(name: str, tmp_path) -> None:
+    changes, message = HOSTILE[name]
+    model = FastDiffFitDiT.from_dit(shake(DiT(**SMALL)))
+    model.save_delta(tmp_path / "d.safetensors")
+    with safe_open(tmp_path / "d.safetensors", "pt") as file:
+        strings = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    tensors = {key: value for key, value in {**tensors, **changes}.items() if value is not None}
+    save_file(tensors, tmp_path / "d.safetensors", strings)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(DiffFitError, match=message):
+        model.load_delta(tmp_path / "d.safetensors")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

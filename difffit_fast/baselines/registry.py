@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..errors import DeltaMismatchError, DiffFitError
+from ..errors import DiffFitError
+from ..models.delta import put_trainables
 from ..models.difffit import DiffFitConfig
 from ..models.dit import DiT
 from ..models.fast_dit import FastDiffFitDiT
@@ -114,15 +115,5 @@ def load_trainables(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise DiffFitError(f"{path} cannot be read as safetensors: {error}") from error
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if odd := sorted(set(own) ^ set(tensors)):
-        where = "is missing from the file" if odd[0] in own else "is not trained by this model"
-        raise DeltaMismatchError(f"{path} does not fit: {odd[0]} {where}")
-    for name, p in own.items():
-        if p.shape != tensors[name].shape:
-            raise DeltaMismatchError(
-                f"{path} does not fit: {name} has the shape {tuple(tensors[name].shape)}, the model {tuple(p.shape)}"
-            )
-    for name, p in own.items():
-        p.copy_(tensors[name])
+    put_trainables(model, tensors, str(path))
     return {key: value for key, value in header.items() if key not in ("format", "kind", "version")}

@@ -17,6 +17,7 @@ from ..errors import DeltaMismatchError, DiffFitError
 from .difffit import DiffFitConfig
 from .dit import DiT
 from .header import read_header, write_model_file
+from .state_dict import check_finite
 
 
 def base_hash(model: torch.nn.Module) -> str:
@@ -134,14 +135,30 @@ def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DeltaMismatchError(
             f"{path} was made on the base {metadata['base_hash'][:12]}…; the model's base is {cached_base_hash(model)[:12]}…"
         )
-    own = dict(model.named_parameters())
-    missing = [name for name, _ in model.named_trainable_parameters() if name not in tensors]
-    unknown = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
-    if missing or unknown:
-        raise DeltaMismatchError(f"{path} does not fit: missing {missing[:3]}, unknown or misshapen {unknown[:3]}")
-    for name, value in tensors.items():
-        own[name].copy_(value)
+    put_trainables(model, tensors, str(path))
     return metadata
+
+
+@torch.no_grad()
+def put_trainables(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into the trainable parameters of ``model``, all of them and no other; nothing is changed otherwise.
+
+    Raises:
+        DeltaMismatchError: a name is missing or not trained by this model, or a shape differs.
+        DiffFitError: a tensor is not of floating numbers, or not finite.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if odd := sorted(set(own) ^ set(tensors)):
+        where = "is missing from the file" if odd[0] in own else "is not trained by this model"
+        raise DeltaMismatchError(f"{source} does not fit: {odd[0]} {where}")
+    for name, p in own.items():
+        if p.shape != tensors[name].shape:
+            raise DeltaMismatchError(
+                f"{source} does not fit: {name} has the shape {tuple(tensors[name].shape)}, the model {tuple(p.shape)}"
+            )
+    check_finite(tensors, source)
+    for name, p in own.items():
+        p.copy_(tensors[name])
 
 
 def cached_base_hash(model: DiT) -> str:

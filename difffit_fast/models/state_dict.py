@@ -113,7 +113,7 @@ def find_weights(
     sets = weight_sets(content, source)
     name = _choose(sets, content, source, weights)
     found = sets[name]
-    _check(found.state, source)
+    check_finite(found.state, source)
     header = dict(strings or {}) or _header_beside(found.containers)
     return Weights(found.state, source, name, tuple(sorted(sets)), header, _arguments(content))
 
@@ -241,8 +241,8 @@ def _hint(key: str) -> str:
     return ""
 
 
-def _check(state: Mapping[str, Tensor], source: str) -> None:
-    """Every tensor is floating and finite."""
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise :class:`DiffFitError` unless every tensor is of floating numbers of at least 16 bits, and finite."""
     for key, tensor in state.items():
         if tensor.is_sparse or tensor.is_quantized or tensor.dtype not in FLOATING:
             raise DiffFitError(
@@ -252,7 +252,7 @@ def _check(state: Mapping[str, Tensor], source: str) -> None:
         if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise DiffFitError(
-                f"{source}: {key} holds {bad} of {tensor.numel()} values that are NaN or infinite; the checkpoint is broken"
+                f"{source}: {key} holds {bad} of {tensor.numel()} values that are NaN or infinite; the file is broken"
             )
 
 
