@@ -193,6 +193,32 @@ def test_what_is_refused_says_which_object_and_what_to_do(name: str, tmp_path, c
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path) -> None:
+    save_file(STATE, tmp_path / "a.pt")
+    torch.save(STATE, tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        assert torch.equal(read_weights(tmp_path / name).state["pos_embed"], STATE["pos_embed"])
+        assert describe(tmp_path / name)["kind"] == "DiT checkpoint"
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    np.savez(tmp_path / "array.npz", a=np.ones(3))
+    others = {
+        "empty.pt": (b"", "it is empty"),
+        "page.pt": (b"<html>404</html>", "neither .safetensors nor written by torch.save"),
+        "pointer.pt": (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        "cut.pt": (whole[: len(whole) // 2], "damaged or was cut short"),
+        "cut.safetensors": ((tmp_path / "a.pt").read_bytes()[:5000], "cannot read"),
+        "script.pt": (None, "it is a TorchScript archive"),
+        "array.npz": (None, "a zip archive, but not one of torch.save"),
+    }
+    for name, (content, message) in others.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DiffFitError, match=message) as caught:
+            read_weights(tmp_path / name)
+        assert name in str(caught.value) and len(str(caught.value)) < 300
+
+
 def test_the_name_of_one_set_chooses_it(tmp_path) -> None:
     torch.save({"ema_0.9": AVERAGE, "ema_0.99": STATE}, tmp_path / "c.pt")
     assert torch.equal(read_weights(tmp_path / "c.pt", "ema_0.99").state["pos_embed"], STATE["pos_embed"])

@@ -19,6 +19,7 @@ from ..models.delta import read_delta
 from ..models.header import read_header
 from ..models.load import RUN_SETTINGS
 from ..models.sizes import model_name
+from ..models.state_dict import is_safetensors
 from ..train.checkpoint import CheckpointFolder
 from ..train.track import read_metrics
 
@@ -49,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
         raise DiffFitError(f"there is no {path}")
     if path.is_dir():
         return _folder(path)
-    if path.suffix == ".safetensors":
+    if path.is_file() and is_safetensors(path):
         kind = read_header(path).get("kind")
         if kind == "delta":
             return _delta(path)

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     path = _file(Path(path))
     if path.name.endswith(".index.json"):
         content, strings = _read_shards(path)
-    elif _is_safetensors(path):
+    elif is_safetensors(path):
         content, strings = _read_safetensors(path), safetensors_metadata(path)
     else:
         content, strings = _read_torch(path), {}
@@ -304,14 +305,42 @@ def _file(path: Path) -> Path:
     raise DiffFitError(f"{path} is a folder without a checkpoint; expected a file, or a folder with {WEIGHT_FILES[0]}")
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By content: a length, then JSON."""
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is ``.safetensors`` or what ``torch.save`` writes, by its content and not by its name.
+
+    Raises:
+        DiffFitError: it is neither, or was cut short.
+    """
     try:
         with open(path, "rb") as file:
-            head = file.read(9)
+            head = file.read(64)
     except OSError as error:
-        raise DiffFitError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[7] == 0)
+        raise DiffFitError(f"cannot read {path}: {error.strerror or error}") from error
+    if not head:
+        raise DiffFitError(f"cannot read checkpoint {path}: it is empty")
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:  # a length, then JSON
+        return True
+    if head.startswith(b"PK"):
+        _check_archive(path)
+    elif not head.startswith(b"\x80"):  # a pickle, of an old PyTorch
+        hint = ", but a pointer of Git LFS: fetch the file itself (git lfs pull)" if b"git-lfs" in head else ""
+        raise DiffFitError(f"cannot read checkpoint {path}: it is neither .safetensors nor written by torch.save{hint}")
+    return False
+
+
+def _check_archive(path: Path) -> None:
+    """Raise unless a zip archive is one of ``torch.save``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.split("/", 1)[-1] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DiffFitError(f"cannot read checkpoint {path}: it is damaged or was cut short ({error})") from error
+    if "constants.pkl" in names:
+        raise DiffFitError(
+            f"cannot read checkpoint {path}: it is a TorchScript archive; save the state_dict() of torch.jit.load with torch.save"
+        )
+    if "data.pkl" not in names:
+        raise DiffFitError(f"cannot read checkpoint {path}: it is a zip archive, but not one of torch.save")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -337,7 +366,7 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         shard = path.with_name(name)
         if not shard.is_file():
             raise DiffFitError(f"{path} names the shard {name}, which is missing")
-        if _is_safetensors(shard):
+        if is_safetensors(shard):
             content |= _read_safetensors(shard)
             strings |= safetensors_metadata(shard)
         else:
@@ -379,8 +408,9 @@ def _read_torch(path: Path) -> Any:
         allowed += [_stand_in(n) for n in torch.serialization.get_unsafe_globals_in_checkpoint(path) if n != _NAMESPACE]
     for _ in range(100):  # old formats tell their classes one after another
         try:
-            with torch.serialization.safe_globals(allowed):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            # An open file, because by a path torch.load goes by the name's ending.
+            with torch.serialization.safe_globals(allowed), open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever the bytes make its parts raise
             unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             if unknown is None or any(isinstance(a, tuple) and a[1] == unknown[1] for a in allowed):
