@@ -1,4 +1,19 @@
-// attention: the softmax between the batched matrix products of the CPU path, both directions in place.
+// attention: softmax(q·kᵀ/√d)·v over the tokens of each sample, from the bare product z of qkv; both directions.
+//
+//     S = d^-1/2·sum_c g_c·(z_q + b)_c·z_k,c     P = softmax(S)     o = gamma_v·(P·z_v)     lse = log sum exp(S)
+//     P = exp(S - lse)    dP = (gamma_v·do)·z_vT    dS = P·(dP - delta)    delta = sum_c do·o
+//     A = d^-1/2·dS·z_k   dz_q = g·A   dz_k = dST·(d^-1/2·g·(z_q + b))   dz_v = gamma_v·(PT·do)
+//     db = sum dz_q       dg = sum A·(z_q + b)                           dgamma_v = sum (PT·do)·z_v
+//
+// Nothing is divided by a factor, and no probabilities are kept. The unit of work is one head of one sample: its packed
+// queries, keys and values and a block of its scores stay in the second-level cache, so of main memory only z, o, do and
+// dz are touched, and the products (matmul_kernels.h) take nearly all of the time: 2 of 2·T·T·d operations forward, 5
+// backward. Where there are fewer heads than two for each thread, a unit is a range of queries (forward) or keys
+// (backward); what blocks of keys add to dz_q is then kept apart and added in their order, as within one unit: the bits
+// are the same. Those of the vectors' gradients are sums over tokens by head, or by block of keys, then over blocks and
+// samples, each in its order.
+//
+// softmax_forward, softmax_backward: the softmax between batched products of PyTorch, in place.
 //
 //     forward   p = softmax(scale·scores)        over the last dimension
 //     backward  dp <- scale·p·(dp - sum_j dp·p)
@@ -7,12 +22,160 @@
 // between its maximum, its sum and its scaling. There is no sum across rows.
 #include "ops.h"
 
+#include <cmath>
+
+namespace difffit {
+
+// One head of one sample. Row t of z is at z + 3·D·t: the d channels of the query, D further those of the key, 2·D
+// further those of the value. bias, factor, value_factor are the head's entries of the vectors; null stands for ones.
+template <class T>
+struct Head {
+  const T* z;
+  const float *bias, *factor, *value_factor;
+  int64_t tokens, d, D;
+  float scale;  // d^-1/2
+};
+
+constexpr int64_t kKeyRows = 64;  // the keys of a block, backward
+
+}  // namespace difffit
+
 #define DIFFFIT_KERNELS "attention_kernels.h"
 #include "foreach_isa.h"
 
 namespace difffit {
 namespace {
 
+// -- in one operation ------------------------------------------------------------------------------------------------
+// The sizes of z and vectors, checked.
+struct Sizes {
+  int64_t B, T, D, heads, d, G, R;
+
+  Sizes(const char* op, const Tensor& z, const Tensor& vectors, int64_t num_heads) : heads(num_heads) {
+    check(op, "z", z, 3);
+    STD_TORCH_CHECK(heads >= 1, op, ": num_heads must be at least 1; got ", heads);
+    STD_TORCH_CHECK(z.size(2) > 0 && z.size(2) % (3 * heads) == 0, op, ": the last size of z must be a multiple of 3·",
+                    heads, " heads; got shape ", shape(z));
+    B = z.size(0), T = z.size(1), D = z.size(2) / 3, d = D / heads;
+    check(op, "vectors", vectors, 3, true);
+    G = vectors.size(0), R = vectors.size(1);
+    STD_TORCH_CHECK((G == 1 || G == B) && (R == 1 || R == 3) && vectors.size(2) == D, op,
+                    ": vectors must have shape (1 or ", B, ", 1 or 3, ", D, "); got ", shape(vectors));
+  }
+
+  int64_t units() const { return B * heads; }
+
+  // Into how many parts a head is cut that has `blocks` of them.
+  int64_t parts(int64_t blocks) const {
+    const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+    return units() >= wanted ? 1 : std::min(blocks, (wanted + units() - 1) / units());
+  }
+
+  template <class E>
+  Head<E> head(const Tensor& z, const Tensor& vectors, int64_t unit) const {
+    const int64_t b = unit / heads, column = unit % heads * d;
+    const float* v = in<float>(vectors) + (G == 1 ? 0 : b * R * D) + column;
+    return {in<E>(z) + b * T * 3 * D + column, v, R == 3 ? v + D : nullptr, R == 3 ? v + 2 * D : nullptr, T, d, D,
+            1.0f / std::sqrt(static_cast<float>(d))};
+  }
+
+  // Where the head's first channel is in the sample's first row of a (B, T, n·D).
+  int64_t at(int64_t unit, int64_t n) const { return unit / heads * T * n * D + unit % heads * d; }
+};
+
+// Runs f(unit, part, memory) for all of them, with `room` floats of memory on a cache line.
+template <class F>
+void for_units(int64_t units, int64_t parts, int64_t room, F f) {
+  torch::stable::parallel_for(0, units * parts, 1, [&](int64_t begin, int64_t end) {
+    constexpr size_t line = 64;
+    size_t bytes = room * sizeof(float) + line;
+    const std::unique_ptr<char[]> memory(new char[bytes]);
+    void* aligned = memory.get();
+    std::align(line, bytes - line, aligned, bytes);
+    for (int64_t i = begin; i < end; ++i) f(i / parts, i % parts, static_cast<float*>(aligned));
+  });
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& z, const Tensor& vectors, int64_t num_heads) {
+  const Sizes s("attention_forward", z, vectors, num_heads);
+  Tensor o = empty(z, {s.B, s.T, s.D}, z.scalar_type()), lse = empty(z, {s.B, s.heads, s.T});
+  if (s.B * s.T == 0) return {o, lse};
+  dispatch(z.scalar_type(), [&](auto t) {
+    using E = typename decltype(t)::type;
+    const auto kernel = DIFFFIT_PICK(attention_forward_queries<E>);
+    E* po = out<E>(o);
+    float* plse = out<float>(lse);
+    const int64_t blocks = (s.T + kKeyRows - 1) / kKeyRows, parts = s.parts(blocks);
+    for_units(s.units(), parts, DIFFFIT_PICK(attention_forward_room)(s.T, s.d), [&](int64_t u, int64_t p, float* memory) {
+      kernel(s.head<E>(z, vectors, u), po + s.at(u, 1), plse + u * s.T, s.T * p / parts, s.T * (p + 1) / parts, memory);
+    });
+  });
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& z, const Tensor& vectors,
+                                              const Tensor& o, const Tensor& lse, int64_t num_heads) {
+  const char* op = "attention_backward";
+  const Sizes s(op, z, vectors, num_heads);
+  check_shape(op, "do", dout, {s.B, s.T, s.D});
+  check_same_dtype(op, "do", dout, "z", z);
+  check_shape(op, "o", o, {s.B, s.T, s.D});
+  check_same_dtype(op, "o", o, "z", z);
+  check_vector(op, "lse", lse, {s.B, s.heads, s.T});
+  Tensor dz = empty(z, {s.B, s.T, 3 * s.D}, z.scalar_type()), dvectors = empty(z, {s.G, s.R, s.D});
+  float* totals = out<float>(dvectors);
+  if (s.B * s.T == 0) {
+    std::fill_n(totals, s.G * s.R * s.D, 0.0f);
+    return {dz, dvectors};
+  }
+  const int64_t blocks = (s.T + kKeyRows - 1) / kKeyRows, parts = s.parts(blocks);
+  const std::unique_ptr<float[]> sums(new float[s.B * 2 * s.D]);           // of b and g
+  const std::unique_ptr<float[]> value_dots(new float[s.B * blocks * s.D]);  // of gamma_v, by block of keys
+  dispatch(z.scalar_type(), [&](auto t) {
+    using E = typename decltype(t)::type;
+    const E *pd = in<E>(dout), *po = in<E>(o);
+    const float* plse = in<float>(lse);
+    E* pz = out<E>(dz);
+    const auto sums_of = [&](float* all, int64_t rows, int64_t u) {
+      return all + u / s.heads * rows * s.D + u % s.heads * s.d;
+    };
+    const int64_t room = DIFFFIT_PICK(attention_backward_room)(s.T, s.d);
+    if (parts == 1) {
+      const auto kernel = DIFFFIT_PICK(attention_backward_head<E>);
+      for_units(s.units(), 1, room, [&](int64_t u, int64_t, float* memory) {
+        kernel(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3),
+               sums_of(sums.get(), 2, u), sums_of(value_dots.get(), blocks, u), memory);
+      });
+      return;
+    }
+    const auto keys = DIFFFIT_PICK(attention_backward_keys<E>);
+    const auto queries = DIFFFIT_PICK(attention_backward_queries<E>);
+    const int64_t slice = DIFFFIT_PICK(attention_slice)(s.T, s.d);
+    const std::unique_ptr<float[]> slices(new float[s.units() * blocks * slice]);
+    for_units(s.units(), parts, room, [&](int64_t u, int64_t p, float* memory) {
+      keys(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3),
+           sums_of(value_dots.get(), blocks, u), slices.get() + u * blocks * slice, blocks * p / parts,
+           blocks * (p + 1) / parts, memory);
+    });
+    for_units(s.units(), 1, 0, [&](int64_t u, int64_t, float*) {
+      queries(s.head<E>(z, vectors, u), slices.get() + u * blocks * slice, slice, blocks, pz + s.at(u, 3),
+              sums_of(sums.get(), 2, u));
+    });
+  });
+  const auto sum = DIFFFIT_PICK(sum_partials);
+  const int64_t samples = s.B / s.G;
+  for (int64_t g = 0; g < s.G; ++g) {
+    for (int64_t r = 0; r < std::min<int64_t>(s.R, 2); ++r) {
+      sum(sums.get() + (g * 2 + r) * s.D, samples, 2 * s.D, totals + (g * s.R + r) * s.D, s.D);
+    }
+    if (s.R == 3) {
+      sum(value_dots.get() + g * blocks * s.D, samples * blocks, s.D, totals + (g * s.R + 2) * s.D, s.D);
+    }
+  }
+  return {dz, dvectors};
+}
+
+// -- the softmax alone -----------------------------------------------------------------------------------------------
 int64_t row_grain(int64_t S) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, S)); }
 
 void softmax_forward(const Tensor& scores, double scale) {
@@ -49,11 +212,16 @@ void softmax_backward(const Tensor& dp, const Tensor& p, double scale) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(difffit_fast_cpp, m) {
+  m.def("attention_forward(Tensor z, Tensor vectors, int num_heads) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor do, Tensor z, Tensor vectors, Tensor o, Tensor lse, int num_heads) -> (Tensor, Tensor)");
   m.def("softmax_forward(Tensor(a!) scores, float scale) -> ()");
   m.def("softmax_backward(Tensor(a!) dp, Tensor p, float scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(difffit_fast_cpp, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("softmax_forward", TORCH_BOX(&softmax_forward));
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
 }

@@ -1,5 +1,6 @@
 // Rows of attention.cpp; included once for each instruction set.
 #include "elementary.h"
+#include "matmul_kernels.h"
 
 namespace difffit::DF_ISA {
 
@@ -59,6 +60,331 @@ DF_KERNEL void softmax_backward_rows(G* dp, const T* p, float scale, int64_t row
   int64_t t = 0;
   for (; t + 4 <= rows; t += 4) softmax_backward_few<4>(dp + t * S, p + t * S, scale, S);
   for (; t < rows; ++t) softmax_backward_few<1>(dp + t * S, p + t * S, scale, S);
+}
+
+// -- sizes and scratch memory ------------------------------------------------------------------------------------------
+constexpr int64_t kQueryRows = 48;      // rows of scores made at a time, forward
+constexpr int64_t kQueryColumns = 256;  // queries taken at a time, backward, by kKeyRows keys
+constexpr int64_t kScores = 48 * 1024;  // floats of scores that lie in the second-level cache, forward
+static_assert(kQueryColumns % kPanel == 0);
+
+// The distance of rows of n floats: a whole number of vectors, and an odd one of cache lines, so that the rows of a
+// column do not push each other out of the first-level cache.
+inline int64_t row_length(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
+
+inline int64_t query_rows(int64_t tokens) {
+  const int64_t fit = kScores / row_length(tokens) / kTileRows * kTileRows;
+  return fit < kTileRows ? kTileRows : fit < kQueryRows ? fit : kQueryRows;
+}
+
+// Scratch memory, handed out in pieces that begin on a cache line if `base` does. Without memory it only counts.
+struct Scratch {
+  float* base;
+  int64_t used = 0;
+  float* take(int64_t n) {
+    float* piece = base ? base + used : nullptr;
+    used += (n + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+// The vectors of a head as the kernels use them.
+struct HeadVectors {
+  float *bias, *factor, *query, *value;  // b, g, d^-1/2·g, gamma_v
+
+  HeadVectors(Scratch& scratch, int64_t d)
+      : bias(scratch.take(d)), factor(scratch.take(d)), query(scratch.take(d)), value(scratch.take(d)) {}
+
+  template <class T>
+  void fill(const Head<T>& h) {
+    for (int64_t c = 0; c < h.d; ++c) {
+      bias[c] = h.bias[c];
+      factor[c] = h.factor ? h.factor[c] : 1.0f;
+      query[c] = h.scale * factor[c];
+      value[c] = h.value_factor ? h.value_factor[c] : 1.0f;
+    }
+  }
+};
+
+// -- packing -------------------------------------------------------------------------------------------------------
+// to_t = f(x_t), zero from the end of a row to the end of its last vector.
+template <class T, class F>
+DF_INLINE void pack_rows(const T* x, int64_t stride, float* to, int64_t ld, int64_t rows, int64_t d, F f) {
+  for (int64_t t = 0; t < rows; ++t) {
+    each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
+      store(to + t * ld + c, keep(f(load(x + t * stride + c, lanes), c, lanes), lanes), Full{});
+    });
+  }
+}
+
+template <class T>
+DF_KERNEL void pack_plain(const T* x, int64_t stride, float* to, int64_t ld, int64_t rows, int64_t d) {
+  pack_rows(x, stride, to, ld, rows, d, [](vf v, int64_t, auto) DF_LAMBDA { return v; });
+}
+
+template <class T>
+DF_KERNEL void pack_queries(const T* x, int64_t stride, const float* bias, const float* factor, float* to, int64_t ld,
+                            int64_t rows, int64_t d) {
+  pack_rows(x, stride, to, ld, rows, d, [&](vf v, int64_t c, auto lanes) DF_LAMBDA {
+    return (v + load(bias + c, lanes)) * load(factor + c, lanes);
+  });
+}
+
+inline int64_t panels_size(int64_t rows, int64_t d) { return (rows + kPanel - 1) / kPanel * kPanel * d; }
+
+// The transpose as panels of kPanel columns (Right{panels, kPanel, kPanel·d}), its row c times factor_c; zero behind
+// the last row of x.
+DF_KERNEL void pack_transposed(const float* x, int64_t ld, const float* factor, float* panels, int64_t rows,
+                               int64_t d) {
+  for (int64_t first = 0; first < rows; first += kPanel, panels += kPanel * d) {
+    const int64_t n = rows - first < kPanel ? rows - first : kPanel;
+    for (int64_t c = 0; c < d; ++c) {
+      const float* column = x + first * ld + c;
+      const float f = factor ? factor[c] : 1.0f;
+      for (int64_t j = 0; j < n; ++j) panels[c * kPanel + j] = column[j * ld] * f;
+      for (int64_t j = n; j < kPanel; ++j) panels[c * kPanel + j] = 0.0f;
+    }
+  }
+}
+
+// -- forward -------------------------------------------------------------------------------------------------------
+// s <- exp(s - max) in every row of n, the inverse of the row's sum, and the logarithm of the sum of exp(s).
+template <int R>
+DF_INLINE void exponentials_few(float* s, int64_t ld, float* inverse, float* lse, int64_t n) {
+  vf top[R];
+  for (int r = 0; r < R; ++r) top[r] = splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    for (int r = 0; r < R; ++r) top[r] = max_or(load(s + r * ld + i, Full{}), top[r]);
+  }
+  for (int r = 0; r < R; ++r) {
+    float* row = s + r * ld;
+    float largest = fold_max(top[r]);
+    for (int64_t j = i; j < n; ++j) largest = row[j] > largest ? row[j] : largest;
+    vf sum = {};
+    each(n, [&](int64_t j, auto lanes) DF_LAMBDA {
+      const vf e = keep(exp_nonpositive(load(row + j, lanes) - largest), lanes);
+      store(row + j, e, Full{});
+      sum += e;
+    });
+    const float total = fold_sum(sum);
+    inverse[r] = 1.0f / total;
+    lse[r] = largest + __builtin_logf(total);
+  }
+}
+
+DF_KERNEL void exponentials(float* s, int64_t ld, float* inverse, float* lse, int64_t rows, int64_t n) {
+  int64_t t = 0;
+  for (; t + 4 <= rows; t += 4) exponentials_few<4>(s + t * ld, ld, inverse + t, lse + t, n);
+  for (; t < rows; ++t) exponentials_few<1>(s + t * ld, ld, inverse + t, lse + t, n);
+}
+
+template <class T>
+DF_KERNEL void scale_output(const float* sum, int64_t ld, const float* inverse, const float* factor, T* o,
+                            int64_t stride, int64_t rows, int64_t d) {
+  for (int64_t t = 0; t < rows; ++t) {
+    each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
+      store(o + t * stride + c, load(sum + t * ld + c, lanes) * inverse[t] * load(factor + c, lanes), lanes);
+    });
+  }
+}
+
+struct ForwardRoom {
+  Scratch scratch;
+  HeadVectors vectors;
+  float *keys, *values, *queries, *scores, *sums, *inverse;
+
+  ForwardRoom(float* base, int64_t tokens, int64_t d)
+      : scratch{base},
+        vectors(scratch, d),
+        keys(scratch.take(panels_size(tokens, d))),
+        values(scratch.take(tokens * row_length(d))),
+        queries(scratch.take((query_rows(tokens) > kPanel ? query_rows(tokens) : kPanel) * row_length(d))),
+        scores(scratch.take(query_rows(tokens) * row_length(tokens))),
+        sums(scratch.take(query_rows(tokens) * row_length(d))),
+        inverse(scratch.take(query_rows(tokens))) {}
+};
+
+// Queries first, ..., last - 1 of one head. o: the head's first channel in the sample; lse: of the head.
+template <class T>
+DF_KERNEL void attention_forward_queries(const Head<T>& h, T* o, float* lse, int64_t first, int64_t last,
+                                         float* memory) {
+  const int64_t n = h.tokens, d = h.d, stride = 3 * h.D, ld = row_length(d), wide = row_length(n);
+  ForwardRoom room(memory, n, d);
+  room.vectors.fill(h);
+  for (int64_t t = 0; t < n; t += kPanel) {
+    const int64_t rows = n - t < kPanel ? n - t : kPanel;
+    pack_plain(h.z + h.D + t * stride, stride, room.queries, ld, rows, d);
+    pack_transposed(room.queries, ld, nullptr, room.keys + t * d, rows, d);
+  }
+  pack_plain(h.z + 2 * h.D, stride, room.values, ld, n, d);
+  const int64_t block = query_rows(n);
+  for (int64_t t = first; t < last; t += block) {
+    const int64_t rows = last - t < block ? last - t : block;
+    pack_queries(h.z + t * stride, stride, room.vectors.bias, room.vectors.query, room.queries, ld, rows, d);
+    multiply({room.queries, ld, 1}, {room.keys, kPanel, kPanel * d}, room.scores, wide, rows, n, d, false);
+    exponentials(room.scores, wide, room.inverse, lse + t, rows, n);
+    multiply({room.scores, wide, 1}, {room.values, ld, kPanel}, room.sums, ld, rows, d, n, false);
+    scale_output(room.sums, ld, room.inverse, room.vectors.value, o + t * h.D, h.D, rows, d);
+  }
+}
+
+inline int64_t attention_forward_room(int64_t tokens, int64_t d) {
+  return ForwardRoom(nullptr, tokens, d).scratch.used;
+}
+
+// -- backward ------------------------------------------------------------------------------------------------------
+// delta_t = sum_c dout·o.
+template <class T>
+DF_KERNEL void row_dots(const T* dout, const T* o, int64_t stride, float* delta, int64_t rows, int64_t d) {
+  for (int64_t t = 0; t < rows; ++t) {
+    vf sum = {};
+    each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
+      sum += load(dout + t * stride + c, lanes) * load(o + t * stride + c, lanes);
+    });
+    delta[t] = fold_sum(sum);
+  }
+}
+
+// Scores to probabilities p = exp(s - lse), and ds = p·(dp - delta) in the place of dp. A row is a key's, a column a
+// query's.
+DF_KERNEL void score_gradients(float* p, float* dp, int64_t ld, const float* lse, const float* delta, int64_t rows,
+                               int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
+    each(n, [&](int64_t i, auto lanes) DF_LAMBDA {
+      float *at = p + r * ld + i, *d_at = dp + r * ld + i;
+      const vf e = exp_nonpositive(load(at, Full{}) - load(lse + i, lanes));
+      store(at, e, Full{});
+      store(d_at, e * (load(d_at, Full{}) - load(delta + i, lanes)), Full{});
+    });
+  }
+}
+
+template <class T>
+DF_KERNEL void store_rows(const float* x, int64_t ld, T* to, int64_t stride, int64_t rows, int64_t d) {
+  for (int64_t t = 0; t < rows; ++t) {
+    each(d, [&](int64_t c, auto lanes) DF_LAMBDA { store(to + t * stride + c, load(x + t * ld + c, lanes), lanes); });
+  }
+}
+
+// dz_v = gamma_v·x and sum_t x·z_v, x the sums of P^T·dout.
+template <class T>
+DF_KERNEL void store_values(const float* x, const float* z, int64_t ld, const float* factor, T* to, int64_t stride,
+                            float* dots, int64_t rows, int64_t d) {
+  each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
+    const vf f = load(factor + c, lanes);
+    vf dot = {};
+    for (int64_t t = 0; t < rows; ++t) {
+      const vf v = load(x + t * ld + c, lanes);
+      dot += v * load(z + t * ld + c, lanes);
+      store(to + t * stride + c, v * f, lanes);
+    }
+    store(dots + c, dot, lanes);
+  });
+}
+
+struct BackwardRoom {
+  Scratch scratch;
+  HeadVectors vectors;
+  float *queries, *queries_t, *outputs, *outputs_t, *delta;      // of the whole head: g·(z_q + b)·d^-1/2, dout
+  float *keys, *values, *p, *ds, *dkeys, *dvalues, *dqueries;    // of a block of keys; the last of the head
+
+  BackwardRoom(float* base, int64_t tokens, int64_t d)
+      : scratch{base},
+        vectors(scratch, d),
+        queries(scratch.take(tokens * row_length(d))),
+        queries_t(scratch.take(panels_size(tokens, d))),
+        outputs(scratch.take(tokens * row_length(d))),
+        outputs_t(scratch.take(panels_size(tokens, d))),
+        delta(scratch.take(tokens)),
+        keys(scratch.take(kKeyRows * row_length(d))),
+        values(scratch.take(kKeyRows * row_length(d))),
+        p(scratch.take(kKeyRows * row_length(tokens < kQueryColumns ? tokens : kQueryColumns))),
+        ds(scratch.take(kKeyRows * row_length(tokens < kQueryColumns ? tokens : kQueryColumns))),
+        dkeys(scratch.take(kKeyRows * row_length(d))),
+        dvalues(scratch.take(kKeyRows * row_length(d))),
+        dqueries(scratch.take(tokens * row_length(d))) {}
+};
+
+inline int64_t attention_backward_room(int64_t tokens, int64_t d) {
+  return BackwardRoom(nullptr, tokens, d).scratch.used;
+}
+
+// The floats of a head's gradient of the queries: what one block of keys adds to it, where that is kept apart.
+inline int64_t attention_slice(int64_t tokens, int64_t d) { return tokens * row_length(d); }
+
+// Blocks of keys of one head, from the first to before the last: gradients of keys and values into dz, of value_factor
+// into value_dots (d floats for each block, D apart), and what each block adds to dS·z_k, `slice` floats apart: added
+// up where slice is 0.
+template <class T>
+DF_INLINE void backward_keys(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz, float* value_dots,
+                             float* dqueries, int64_t slice, int64_t first, int64_t last, BackwardRoom& room) {
+  const int64_t n = h.tokens, d = h.d, stride = 3 * h.D, ld = row_length(d);
+  const int64_t wide = row_length(n < kQueryColumns ? n : kQueryColumns);
+  room.vectors.fill(h);
+  pack_queries(h.z, stride, room.vectors.bias, room.vectors.query, room.queries, ld, n, d);
+  pack_transposed(room.queries, ld, nullptr, room.queries_t, n, d);
+  pack_plain(dout, h.D, room.outputs, ld, n, d);
+  pack_transposed(room.outputs, ld, room.vectors.value, room.outputs_t, n, d);
+  row_dots(dout, o, h.D, room.delta, n, d);
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t key = block * kKeyRows, rows = n - key < kKeyRows ? n - key : kKeyRows;
+    pack_plain(h.z + h.D + key * stride, stride, room.keys, ld, rows, d);
+    pack_plain(h.z + 2 * h.D + key * stride, stride, room.values, ld, rows, d);
+    for (int64_t t = 0; t < n; t += kQueryColumns) {
+      const int64_t some = n - t < kQueryColumns ? n - t : kQueryColumns;
+      multiply({room.keys, ld, 1}, {room.queries_t + t * d, kPanel, kPanel * d}, room.p, wide, rows, some, d, false);
+      multiply({room.values, ld, 1}, {room.outputs_t + t * d, kPanel, kPanel * d}, room.ds, wide, rows, some, d, false);
+      score_gradients(room.p, room.ds, wide, lse + t, room.delta + t, rows, some);
+      multiply({room.p, wide, 1}, {room.outputs + t * ld, ld, kPanel}, room.dvalues, ld, rows, d, some, t > 0);
+      multiply({room.ds, wide, 1}, {room.queries + t * ld, ld, kPanel}, room.dkeys, ld, rows, d, some, t > 0);
+      multiply({room.ds, 1, wide}, {room.keys, ld, kPanel}, dqueries + block * slice + t * ld, ld, some, d, rows,
+               slice == 0 && block > 0);
+    }
+    store_rows(room.dkeys, ld, dz + h.D + key * stride, stride, rows, d);
+    store_values(room.dvalues, room.values, ld, room.vectors.value, dz + 2 * h.D + key * stride, stride,
+                 value_dots + block * h.D, rows, d);
+  }
+}
+
+// The gradient of the queries from the sum of the slices, a = d^-1/2·dS·z_k: dz_q = g·a, and its sums dz_q and
+// a·(z_q + b), D floats apart.
+template <class T>
+DF_KERNEL void attention_backward_queries(const Head<T>& h, const float* dqueries, int64_t slice, int64_t slices, T* dz,
+                                          float* sums) {
+  const int64_t stride = 3 * h.D, ld = row_length(h.d);
+  each(h.d, [&](int64_t c, auto lanes) DF_LAMBDA {
+    const vf bias = load(h.bias + c, lanes), factor = h.factor ? load(h.factor + c, lanes) : splat(1.0f);
+    vf sum = {}, dot = {};
+    for (int64_t t = 0; t < h.tokens; ++t) {
+      vf a = load(dqueries + t * ld + c, lanes);
+      for (int64_t k = 1; k < slices; ++k) a += load(dqueries + k * slice + t * ld + c, lanes);
+      a *= h.scale;
+      sum += a * factor;
+      dot += a * (load(h.z + t * stride + c, lanes) + bias);
+      store(dz + t * stride + c, a * factor, lanes);
+    }
+    store(sums + c, sum, lanes);
+    store(sums + h.D + c, dot, lanes);
+  });
+}
+
+// A whole head.
+template <class T>
+DF_KERNEL void attention_backward_head(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz,
+                                       float* sums, float* value_dots, float* memory) {
+  BackwardRoom room(memory, h.tokens, h.d);
+  const int64_t blocks = (h.tokens + kKeyRows - 1) / kKeyRows;
+  backward_keys(h, dout, o, lse, dz, value_dots, room.dqueries, 0, 0, blocks, room);
+  attention_backward_queries(h, room.dqueries, 0, 1, dz, sums);
+}
+
+// Some blocks of keys of a head, each with a slice of its own.
+template <class T>
+DF_KERNEL void attention_backward_keys(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz,
+                                       float* value_dots, float* dqueries, int64_t first, int64_t last, float* memory) {
+  BackwardRoom room(memory, h.tokens, h.d);
+  backward_keys(h, dout, o, lse, dz, value_dots, dqueries, attention_slice(h.tokens, h.d), first, last, room);
 }
 
 }  // namespace difffit::DF_ISA

@@ -39,7 +39,7 @@ struct Part {
   int64_t n;
 };
 
-DF_INLINE vf splat(float value) { return vf{} + value; }
+DF_INLINE vf splat(float value) { return value - vf{}; }  // x - 0 is x: a broadcast alone, unlike 0 + x
 
 DF_INLINE vf load(const float* p, Full) {
   vf v;

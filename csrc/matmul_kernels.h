@@ -1,0 +1,105 @@
+// Products of float32 matrices that lie in a core's cache: C(m×n) (+)= A(m×k)·B(k×n); included once for each instruction
+// set.
+//
+// C is made tile by tile in registers, kTileRows × kTileVectors vectors: 6×16 floats with AVX2. A step in k loads 16
+// floats of B and 6 of A, each spread over a vector, for 12 fused multiply-adds. Zen and Intel cores start two of these
+// and two loads a cycle, so 8 loads hide behind 6 cycles of arithmetic, and 12 independent sums behind its latency. Then
+//
+//   - A may lie in memory any way: it is read one element at a time. It needs no packing, not even to be transposed.
+//   - B is read by whole vectors along n, so its rows must be contiguous over a panel of kPanel columns. The tiles of one
+//     column of C read the same panel of B, which stays in the first-level cache: kDepth·kPanel·4 = 16 KB with AVX2; of A
+//     they read 4 bytes for 2·kPanel operations, from the second level. Where all of B is that small, the tiles of one
+//     row of C come after one another and A is the one that stays.
+//
+// Every element of C is a sum over k in its order, cut at multiples of kDepth, wherever its tile lies: the same bits
+// however the rows of C are shared out.
+
+namespace difffit::DF_ISA {
+
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = DF_LANES == 16 ? 4 : 2;  // AVX-512 has 32 registers: 24 sums
+constexpr int64_t kPanel = kTileVectors * W;
+constexpr int64_t kDepth = 256;
+
+// Element (i, k) is at data[i*row + k*step].
+struct Left {
+  const float* data;
+  int64_t row, step;
+};
+
+// Row k of columns j*kPanel, ..., j*kPanel + kPanel - 1 begins at data[j*panel + k*step]. The last panel is read up to
+// the end of a vector; there must be numbers, which do no harm.
+struct Right {
+  const float* data;
+  int64_t step, panel;
+};
+
+template <int R, int C>
+DF_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c,
+                             int64_t c_row, int64_t k, bool add) {
+  vf sum[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < C; ++v) sum[r][v] = vf{};
+  }
+  for (; k > 0; --k) {
+    vf right[C];
+    for (int v = 0; v < C; ++v) right[v] = load(b + v * W, Full{});
+    for (int r = 0; r < R; ++r) {
+      const vf left = splat(a[r * a_row]);
+      for (int v = 0; v < C; ++v) sum[r][v] += left * right[v];
+    }
+    a += a_step;
+    b += b_step;
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < C; ++v) {
+      float* p = c + r * c_row + v * W;
+      store(p, add ? load(p, Full{}) + sum[r][v] : sum[r][v], Full{});
+    }
+  }
+}
+
+template <int C>
+DF_KERNEL void multiply_tiles(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c,
+                              int64_t c_row, int64_t m, int64_t k, bool add) {
+  for (; m >= kTileRows; m -= kTileRows) {
+    multiply_tile<kTileRows, C>(a, a_row, a_step, b, b_step, c, c_row, k, add);
+    a += kTileRows * a_row;
+    c += kTileRows * c_row;
+  }
+  switch (m) {
+    case 5: return multiply_tile<5, C>(a, a_row, a_step, b, b_step, c, c_row, k, add);
+    case 4: return multiply_tile<4, C>(a, a_row, a_step, b, b_step, c, c_row, k, add);
+    case 3: return multiply_tile<3, C>(a, a_row, a_step, b, b_step, c, c_row, k, add);
+    case 2: return multiply_tile<2, C>(a, a_row, a_step, b, b_step, c, c_row, k, add);
+    case 1: return multiply_tile<1, C>(a, a_row, a_step, b, b_step, c, c_row, k, add);
+  }
+}
+
+// C = A·B, or C += A·B. C is written up to the end of a vector, so its rows need room for that.
+DF_KERNEL void multiply(Left a, Right b, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k, bool add) {
+  for (int64_t first = 0; first < k; first += kDepth) {
+    const int64_t depth = k - first < kDepth ? k - first : kDepth;
+    const int64_t rows = depth * n <= kDepth * kPanel ? kTileRows : m;  // A's tile stays in the cache, or B's panel
+    for (int64_t i = 0; i < m; i += rows) {
+      const float* left = a.data + i * a.row + first * a.step;
+      const int64_t height = m - i < rows ? m - i : rows;
+      for (int64_t j = 0; j < n; j += kPanel) {
+        const float* right = b.data + j / kPanel * b.panel + first * b.step;
+        float* to = c + i * c_row + j;
+        const int64_t vectors = (n - j + W - 1) / W;
+        if (vectors >= kTileVectors) {
+          multiply_tiles<kTileVectors>(left, a.row, a.step, right, b.step, to, c_row, height, depth, add || first);
+        } else if (vectors == 1) {
+          multiply_tiles<1>(left, a.row, a.step, right, b.step, to, c_row, height, depth, add || first);
+        } else if (vectors == 2) {
+          multiply_tiles<2>(left, a.row, a.step, right, b.step, to, c_row, height, depth, add || first);
+        } else {
+          multiply_tiles<3>(left, a.row, a.step, right, b.step, to, c_row, height, depth, add || first);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace difffit::DF_ISA
