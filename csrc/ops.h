@@ -146,10 +146,22 @@ class Partials {
   // Adds the chunks of each sample, in their order, into one (samples, width) tensor for each sum.
   using Sum = void (*)(const float*, int64_t, int64_t, float*, int64_t);
   void reduce(Sum sum, std::initializer_list<Tensor> totals) const {
-    constexpr int64_t block = 512;
-    const int64_t blocks = (width_ + block - 1) / block, per_sample = chunks_.per_sample();
     std::vector<float*> targets;
     for (const Tensor& total : totals) targets.push_back(out<float>(total));
+    reduce(sum, targets);
+  }
+
+  // The same into one tensor (sums, samples, width).
+  void reduce(Sum sum, const Tensor& total) const {
+    std::vector<float*> targets;
+    for (int64_t i = 0; i < sums_; ++i) targets.push_back(out<float>(total) + i * chunks_.samples() * width_);
+    reduce(sum, targets);
+  }
+
+ private:
+  void reduce(Sum sum, const std::vector<float*>& targets) const {
+    constexpr int64_t block = 512;
+    const int64_t blocks = (width_ + block - 1) / block, per_sample = chunks_.per_sample();
     const int64_t items = chunks_.samples() * sums_ * blocks;
     const int64_t grain = std::max<int64_t>(1, kGrain / (block * std::max<int64_t>(1, per_sample)));
     torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
@@ -162,7 +174,6 @@ class Partials {
     });
   }
 
- private:
   Chunks chunks_;
   int64_t sums_, width_;
   std::unique_ptr<float[]> data_;

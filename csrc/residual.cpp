@@ -98,9 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_adaln_forward(const Tensor& 
   return {y, h, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_adaln_backward(
-    const Tensor& dh, const std::optional<Tensor>& dy, const Tensor& y, const Tensor& branch, const Tensor& gate,
-    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
+std::tuple<Tensor, Tensor, Tensor> residual_adaln_backward(const Tensor& dh, const std::optional<Tensor>& dy,
+                                                           const Tensor& y, const Tensor& branch, const Tensor& gate,
+                                                           const Tensor& scale, const Tensor& mean,
+                                                           const Tensor& rstd) {
   const char* op = "residual_adaln_backward";
   check(op, "y", y, 3);
   const int64_t B = y.size(0), T = y.size(1), D = y.size(2);
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_adaln_backwa
   check_vector(op, "mean", mean, {B, T});
   check_vector(op, "rstd", rstd, {B, T});
   Tensor dx = empty(y, {B, T, D}, y.scalar_type()), dbranch = empty(y, {B, T, D}, branch.scalar_type());
-  Tensor dgate = empty(y, {B, D}), dbias = empty(y, {B, D}), dscale = empty(y, {B, D}), dshift = empty(y, {B, D});
+  Tensor sums = empty(y, {4, B, D});
   const Chunks chunks(B, T, D);
   const Partials partials(chunks, 4, D);
   dispatch(y.scalar_type(), branch.scalar_type(), [&](auto tx, auto th) {
@@ -136,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_adaln_backwa
              pdbranch + at, partials.of(k), k.rows, D);
     });
   });
-  partials.reduce(DIFFFIT_PICK(sum_partials), {dgate, dbias, dscale, dshift});
-  return {dx, dbranch, dgate, dbias, dscale, dshift};
+  partials.reduce(DIFFFIT_PICK(sum_partials), sums);
+  return {dx, dbranch, sums};
 }
 
 }  // namespace
@@ -150,7 +151,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(difffit_fast_cpp, m) {
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "residual_adaln_backward(Tensor dh, Tensor? dy, Tensor y, Tensor branch, Tensor gate, Tensor scale, Tensor mean,"
-      " Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor rstd) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(difffit_fast_cpp, CPU, m) {

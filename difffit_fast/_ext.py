@@ -42,10 +42,10 @@ OPERATIONS = (
     "gelu_forward",
     "gelu_backward",
     "colsum",
-    "qkv_scale",
-    "qkv_backward",
-    "softmax_forward",
-    "softmax_backward",
+    "modulation_forward",
+    "modulation_backward",
+    "attention_forward",
+    "attention_backward",
 )
 
 _PACKAGE = Path(__file__).parent

@@ -71,6 +71,9 @@ _TILES = {
     120: (128, 4, 4, 6),
 }
 
+# The modulation kernels: samples of a tile, columns, warps. A program walks over the samples of one branch.
+_MODULATION = {INTERPRETER: (8, 512, 4), 80: (8, 128, 4), 90: (8, 128, 4), 100: (8, 128, 4), 120: (8, 128, 4)}
+
 # Element-wise kernels: elements per program, warps.
 _FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 120: (4096, 4)}
 
@@ -95,6 +98,13 @@ def tile_plan(arch: int, vector: int) -> Plan:
     """Plan of a tile kernel on ``arch``."""
     cols, warps, stack, programs = _TILES[arch]
     return Plan(32 * vector * warps // cols, cols, stack, warps, programs * _MULTIPROCESSORS[arch])
+
+
+@cache
+def modulation_plan(arch: int) -> Plan:
+    """Plan of the modulation kernels on ``arch``: nothing to choose but the tile."""
+    rows, cols, warps = _MODULATION[arch]
+    return Plan(rows, cols, 1, warps, 0)
 
 
 @cache

@@ -290,26 +290,25 @@ def residual_adaln_backward(
     scale: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`residual_adaln_forward`, in one pass.
-
 
     Args: dh, y, branch [B, T, D] as the forward gave them; dy the gradient of y from its other use, or None when it has
         none; gate, scale float32 [B, D]; mean, rstd float32 [B, T].
-    Returns: dx in the type of y, dbranch in the type of branch, and four sums over tokens, float32 [B, D]: dgate,
+    Returns: dx in the type of y, dbranch in the type of branch, and the sums over tokens, float32 [4, B, D]: dgate,
         dbias, dscale, dshift.
     """
     B, T, D = y.shape
     dx = torch.empty_like(y)
     dbranch = torch.empty_like(branch)
     if y.numel() == 0:
-        return dx, dbranch, *(y.new_zeros((B, D), dtype=torch.float32) for _ in range(4))
+        return dx, dbranch, y.new_zeros((4, B, D), dtype=torch.float32)
     plan = row_plan("residual_adaln_backward", architecture(y.device), D, vector(y, branch))
     chunk_rows, chunks = chunks_of(T, plan, B)
-    sums = [torch.empty((B, chunks, D), dtype=torch.float32, device=y.device) for _ in range(4)]
+    sums = torch.empty((4, B, chunks, D), dtype=torch.float32, device=y.device)
     launch(
         _residual_adaln_backward_kernel, B * chunks, y.device, dh, dy, y, branch, gate, scale, mean, rstd, dx, dbranch, *sums,
         T, chunk_rows, chunks,
         HAS_DY=dy is not None, D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
-    return dx, dbranch, *finish(*sums)
+    return dx, dbranch, finish(sums.view(4 * B, chunks, D))[0].view(4, B, D)

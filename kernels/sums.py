@@ -1,4 +1,4 @@
-"""Second stage of every reduction: out[g, j] = Σ_k part[g, k, j] for up to four sums at once.
+"""Second stage of every reduction: out[g, j] = Σ_k part[g, k, j], up to four of them in one launch, each of its own sizes.
 
 The first stage leaves one float32 row of partial sums per chunk of rows: [groups, chunks, width], where groups are the
 samples (or 1). A program of this kernel owns 128 columns of one group of one sum and adds its chunks in a fixed order.
@@ -6,6 +6,11 @@ Bytes: 4·chunks·width per group and sum in (from L2, where the first stage jus
 """
 
 from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -31,45 +36,88 @@ def add_chunks(part_ptr, first_col, chunks, width, stride, CHUNKS: tl.constexpr,
 
 
 @triton.jit
-def _finish_one(part_ptr, out_ptr, group, block, chunks, width, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+def _finish_one(part_ptr, out_ptr, program, chunks, width, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    blocks = tl.cdiv(width, COLS)
+    group = (program // blocks).to(tl.int64)
+    block = program % blocks
     cols = block * COLS + tl.arange(0, COLS)
     total = add_chunks(part_ptr + group * chunks * width, block * COLS, chunks, width, width, CHUNKS, COLS)
     tl.store(out_ptr + (group * width + cols), total, mask=cols < width)
 
 
-@triton.jit(do_not_specialize=["groups", "chunks"])
+@triton.jit(do_not_specialize=["end0", "end1", "end2", "chunks0", "chunks1", "chunks2", "chunks3"])
 def _finish_kernel(
-    part0_ptr, part1_ptr, part2_ptr, part3_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, groups, chunks, width,
+    part0_ptr, part1_ptr, part2_ptr, part3_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, end0, end1, end2,
+    chunks0, chunks1, chunks2, chunks3, width0, width1, width2, width3,
     SUMS: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(width, COLS)
-    block = tl.program_id(0) % blocks
-    group = ((tl.program_id(0) // blocks) % groups).to(tl.int64)
-    which = tl.program_id(0) // (blocks * groups)
-    if which == 0:
-        _finish_one(part0_ptr, out0_ptr, group, block, chunks, width, CHUNKS, COLS)
-    if SUMS > 1 and which == 1:
-        _finish_one(part1_ptr, out1_ptr, group, block, chunks, width, CHUNKS, COLS)
-    if SUMS > 2 and which == 2:
-        _finish_one(part2_ptr, out2_ptr, group, block, chunks, width, CHUNKS, COLS)
-    if SUMS > 3 and which == 3:
-        _finish_one(part3_ptr, out3_ptr, group, block, chunks, width, CHUNKS, COLS)
+    program = tl.program_id(0)
+    if program < end0:
+        _finish_one(part0_ptr, out0_ptr, program, chunks0, width0, CHUNKS, COLS)
+    if SUMS > 1 and (program >= end0) & (program < end1):
+        _finish_one(part1_ptr, out1_ptr, program - end0, chunks1, width1, CHUNKS, COLS)
+    if SUMS > 2 and (program >= end1) & (program < end2):
+        _finish_one(part2_ptr, out2_ptr, program - end1, chunks2, width2, CHUNKS, COLS)
+    if SUMS > 3 and program >= end2:
+        _finish_one(part3_ptr, out3_ptr, program - end2, chunks3, width3, CHUNKS, COLS)
+
+
+class _Waiting(threading.local):
+    """The sums that wait for the end of a ``together`` block, in this thread; None outside of one."""
+
+    jobs: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+_waiting = _Waiting()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Leave the second stage of all reductions inside to one launch at the end (one for every four).
+
+    The launchers inside return sums that hold nothing before that: who opens the block must not look at them earlier.
+    """
+    if _waiting.jobs is not None:  # the outermost block sees to it
+        yield
+        return
+    _waiting.jobs = []
+    try:
+        yield
+        for i in range(0, len(_waiting.jobs), 4):
+            _launch(_waiting.jobs[i : i + 4])
+    finally:
+        _waiting.jobs = None
 
 
 def finish(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Add up one to four float32 tensors [groups, chunks, width] over their chunks: each becomes [groups, width].
+    """Add up float32 tensors [groups, chunks, width] over their chunks: each becomes [groups, width].
 
     With a single chunk the first stage has already written the sum; it is returned as it is.
     """
-    groups, chunks, width = parts[0].shape
-    if chunks == 1:
-        return tuple(part.view(groups, width) for part in parts)
-    device = parts[0].device
-    outs = tuple(torch.empty((groups, width), dtype=torch.float32, device=device) for _ in parts)
-    padding = 4 - len(parts)
-    programs = len(parts) * groups * -(-width // FINISH_COLS)
+    outs, jobs = [], []
+    for part in parts:
+        groups, chunks, width = part.shape
+        if chunks == 1:
+            outs.append(part.view(groups, width))
+            continue
+        out = torch.empty((groups, width), dtype=torch.float32, device=part.device)
+        outs.append(out)
+        jobs.append((part, out))
+    if _waiting.jobs is not None:
+        _waiting.jobs += jobs
+    else:
+        for i in range(0, len(jobs), 4):
+            _launch(jobs[i : i + 4])
+    return tuple(outs)
+
+
+def _launch(jobs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    padding = 4 - len(jobs)
+    parts, outs = [part for part, _ in jobs], [out for _, out in jobs]
+    ends = list(itertools.accumulate(part.shape[0] * -(-part.shape[2] // FINISH_COLS) for part in parts))
     launch(
-        _finish_kernel, programs, device, *parts, *parts[:1] * padding, *outs, *outs[:1] * padding, groups, chunks, width,
-        SUMS=len(parts), CHUNKS=FINISH_CHUNKS, COLS=FINISH_COLS, num_warps=FINISH_WARPS,
+        _finish_kernel, ends[-1], parts[0].device, *parts, *parts[:1] * padding, *outs, *outs[:1] * padding,
+        *(ends + ends[-1:] * padding)[:3], *(p.shape[1] for p in parts), *[1] * padding,
+        *(p.shape[2] for p in parts), *[1] * padding,
+        SUMS=len(jobs), CHUNKS=FINISH_CHUNKS, COLS=FINISH_COLS, num_warps=FINISH_WARPS,
     )  # fmt: skip
-    return outs

@@ -4,16 +4,19 @@ One pass of the network, x the residual stream, h what a branch reads:
 
     h = adaln(x)
     each block:  x, h = residual_adaln(x, proj(attention(qkv(h))))
-                 x, h = residual_adaln(x, mlp(h))
+                 x, h = residual_adaln(x, mlp(h))                       both in one operation: :mod:`..ops.block`
     out = linear(h)
 
 The join after a branch already belongs to the next one, so the residual stream is read and written once per branch.
-All that is small, one vector per sample, is prepared for every layer at once in :meth:`FastDiffFitDiT._vectors`.
+All that is small is prepared for every layer at once, before the first block: what modulates the layers, one vector per
+sample (:meth:`FastDiffFitDiT._modulation`), biases and γ (:meth:`FastDiffFitDiT._biases`). No layer slices, casts or
+concatenates anything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,12 +29,11 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import DiffFitError
 from ..ops._register import frozen_weight_error
 from ..ops.adaln import adaln
-from ..ops.attention import BACKENDS, attention
+from ..ops.attention import BACKENDS, qkv_vectors
+from ..ops.block import block
 from ..ops.frozen_linear import frozen_linear
-from ..ops.frozen_mlp import frozen_mlp
-from ..ops.frozen_qkv import frozen_qkv
 from ..ops.gemm import keep_packed
-from ..ops.residual import residual_adaln
+from ..ops.modulation import modulation
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
 from .difffit import DiffFitConfig
@@ -39,21 +41,13 @@ from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, timestep_embeddin
 from .merge import merge
 
 
-class Joint(NamedTuple):
-    """Where a branch joins the residual stream and the next one begins; each (B, D) in float32."""
+class Biases(NamedTuple):
+    """What acts on the channels inside the blocks, of all layers."""
 
-    gate: Tensor  # the whole factor on the branch: gate·γ
-    bias: Tensor  # the bias of its last linear times that factor
-    scale: Tensor  # the whole factor of the next LayerNorm: 1 + DiT's scale
-    shift: Tensor
-
-
-class Vectors(NamedTuple):
-    """What modulates the layers."""
-
-    scale: Tensor  # of the first LayerNorm, (B, D)
-    shift: Tensor
-    joints: list[Joint]  # two per block: behind the attention and behind the MLP
+    qkv: list[Tensor]  # of each block, (1, 1 or 3, D): ops.attention.qkv_vectors
+    fc1: tuple[Tensor, ...]  # of each block, (F,)
+    fc1_cast: tuple[Tensor, ...]  # the same in the compute dtype, without gradient
+    branch: Tensor  # of the last linear of each branch, (2·depth, D): behind the attention, behind the MLP, ...
 
 
 class FastDiffFitDiT(DiT):
@@ -181,30 +175,24 @@ class FastDiffFitDiT(DiT):
 
     def _forward(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         in_dtype, stream = x.dtype, torch.float64 if dtype == torch.float64 else torch.float32
-        v = self._vectors(self._condition(t, y, dtype), dtype)
+        biases = self._biases(dtype)
+        first, joints = self._modulation(self._condition(t, y, dtype), biases.branch, dtype)
         patch = self.x_embedder.proj
         x = frozen_linear(self._patchify(x).to(dtype), patch.weight.to(dtype).flatten(1), patch.bias)
         x = x.to(stream) + self.pos_embed.to(stream)
-        h = adaln(x, v.scale, v.shift, LN_EPS, dtype)
-        for block, behind_attn, behind_mlp in zip(self.blocks, v.joints[::2], v.joints[1::2], strict=True):
+        h = adaln(x, *first.unbind(), LN_EPS, dtype)
+        for i, module in enumerate(self.blocks):
+            call = block
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, h = checkpoint(self._block, block, x, h, behind_attn, behind_mlp, use_reentrant=False)
-            else:
-                x, h = self._block(block, x, h, behind_attn, behind_mlp)
+                call = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            attn, mlp = module.attn, module.mlp
+            weights = tuple(w.to(dtype) for w in (attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight))
+            x, h = call(
+                x, h, weights, biases.qkv[i], biases.fc1[i], joints[2 * i : 2 * i + 2], self.num_heads,
+                bias1_cast=biases.fc1_cast[i], eps=LN_EPS, backend=self.attention,
+            )  # fmt: skip
         last = self.final_layer.linear
         return self.unpatchify(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
-
-    def _block(
-        self, block: nn.Module, x: Tensor, h: Tensor, behind_attn: Joint, behind_mlp: Joint
-    ) -> tuple[Tensor, Tensor]:
-        """Two branches and two joins; h is already normalised and modulated for the first one."""
-        dtype = h.dtype
-        attn, mlp = block.attn, block.mlp
-        qkv = frozen_qkv(h, attn.qkv.weight.to(dtype), attn.qkv.bias[: self.hidden_size], attn.gamma1)
-        branch = frozen_linear(attention(qkv, self.num_heads, self.attention), attn.proj.weight.to(dtype))
-        x, h = residual_adaln(x, branch, *behind_attn, LN_EPS)
-        branch = frozen_mlp(h, mlp.fc1.weight.to(dtype), mlp.fc1.bias, mlp.fc2.weight.to(dtype))
-        return residual_adaln(x, branch, *behind_mlp, LN_EPS)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C·p·p), in the order of the flattened weight of a strided convolution."""
@@ -219,56 +207,55 @@ class FastDiffFitDiT(DiT):
         time = frozen_linear(hidden, last.weight.to(dtype), last.bias)
         return time + self.y_embedder(y, self.training)
 
-    def _vectors(self, condition: Tensor, dtype: torch.dtype) -> Vectors:
-        """The modulation of every layer: one product for all of them, then a few passes over (layers, N, D)."""
+    def _modulation(
+        self, condition: Tensor, beta: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Scale and shift of the first LayerNorm (2, N, D), and for each join gate, bias, scale, shift (4, N, D)."""
         n, d, blocks = condition.shape[0], self.hidden_size, self.blocks
-        depth = len(blocks)
         linears = [b.adaLN_modulation[1] for b in blocks] + [self.final_layer.adaLN_modulation[1]]
-        m = frozen_linear(F.silu(condition).to(dtype), self._modulation_weight.to(dtype))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        m = m.to(wide) + torch.cat([linear.bias for linear in linears])
-        m = m.view(n, 6 * depth + 2, d).transpose(0, 1)
-        per_branch = m[: 6 * depth].reshape(2 * depth, 3, n, d)  # shift, scale, gate of each branch
-        shift = torch.cat([per_branch[:, 0], m[6 * depth : 6 * depth + 1]])
-        scale = 1 + torch.cat([per_branch[:, 1], m[6 * depth + 1 :]])
+        m = frozen_linear(F.silu(condition).to(dtype), self._modulation_weight.to(dtype)).view(n, -1, d)
+        bias = torch.cat([linear.bias for linear in linears]).view(-1, d)
+        norm = None
         if self.difffit.affine_norm:
             norms = [norm for b in blocks for norm in (b.norm1, b.norm2)] + [self.final_layer.norm_final]
-            scale, shift = (
-                torch.stack([norm.weight for norm in norms])[:, None] * scale,
-                torch.stack([norm.bias for norm in norms])[:, None] * scale + shift,
-            )
-        gate = per_branch[:, 2]
-        if self.difffit.gamma:
-            gate = self._branch_gamma().to(gate)[:, None] * gate
-        bias = gate * self._branch_bias(dtype).to(gate)[:, None]
-        scales, shifts, gates, biases = (w.contiguous().unbind(0) for w in (scale, shift, gate, bias))
-        joints = [Joint(*vectors) for vectors in zip(gates, biases, scales[1:], shifts[1:], strict=True)]
-        return Vectors(scales[0], shifts[0], joints)
+            norm = torch.stack([p for module in norms for p in (module.weight, module.bias)]).view(-1, 2, d)
+        vectors = modulation(m, bias, norm, self._branch_gamma(), beta)
+        first, *joints = vectors.split([2] + [4] * (2 * self.depth))
+        return first, tuple(joints)
 
-    def _branch_gamma(self) -> Tensor:
-        """γ of every branch, (2·depth, D): the branch's own times that of proj; 1 where there is none."""
+    def _branch_gamma(self) -> Tensor | None:
+        """γ of every branch, (2·depth, D): the branch's own times that of proj; 1 where there is none, None without any."""
+        own = [g for block in self.blocks for g in (block.gamma1, block.gamma2)]
+        proj = [g for block in self.blocks for g in (block.attn.gamma2, None)]
+        factors = [self._or_one(gammas) for gammas in (own, proj) if any(g is not None for g in gammas)]
+        return factors[0] * factors[1] if len(factors) == 2 else factors[0] if factors else None
+
+    def _or_one(self, gammas: list[Tensor | None]) -> Tensor:
         one = self.pos_embed.new_ones(self.hidden_size, dtype=torch.float32)
-        rows = []
-        for block in self.blocks:
-            attn = [g for g in (block.gamma1, block.attn.gamma2) if g is not None]
-            rows.append(attn[0] * attn[1] if len(attn) == 2 else attn[0] if attn else one)
-            rows.append(one if block.gamma2 is None else block.gamma2)
-        return torch.stack(rows)
+        return torch.stack([one if g is None else g for g in gammas])
 
-    def _branch_bias(self, dtype: torch.dtype) -> Tensor:
-        """Bias of every branch, (2·depth, D): proj's with the value bias moved behind the attention, and fc2's."""
-        if not self.depth:
-            return self.pos_embed.new_zeros(0, self.hidden_size, dtype=torch.float32)
-        d = self.hidden_size
-        value = torch.stack([block.attn.qkv.bias[2 * d :] for block in self.blocks])
-        if any(block.attn.gamma1 is not None for block in self.blocks):
-            one = value.new_ones(d)
-            gammas = [one if b.attn.gamma1 is None else b.attn.gamma1[2 * d :] for b in self.blocks]
-            value = value * torch.stack(gammas)
+    def _biases(self, dtype: torch.dtype) -> Biases:
+        blocks, d = self.blocks, self.hidden_size
+        if not blocks:
+            return Biases([], (), (), self.pos_embed.new_zeros(0, d, dtype=torch.float32))
+        query, _, value = torch.stack([b.attn.qkv.bias for b in blocks]).view(-1, 3, d).unbind(1)
+        qkv = [bias[None, None] for bias in query.unbind()]
+        scaled = [i for i, b in enumerate(blocks) if b.attn.gamma1 is not None]
+        if scaled:
+            gamma = torch.stack([blocks[i].attn.gamma1 for i in scaled])
+            some = query if len(scaled) == len(blocks) else torch.stack([query[i] for i in scaled])
+            values: list[Tensor | None] = [None] * len(blocks)
+            for i, vectors, gamma_v in zip(
+                scaled, qkv_vectors(some, gamma).split(1), gamma[:, 2 * d :].unbind(), strict=True
+            ):
+                qkv[i], values[i] = vectors, gamma_v
+            value = value * self._or_one(values)
+        # The value bias passes through the attention unchanged: it is added behind it, as a part of proj's.
         moved = torch.bmm(self._proj_weight.to(dtype), value.to(dtype)[:, :, None])[:, :, 0]
-        proj = torch.stack([block.attn.proj.bias for block in self.blocks]) + moved
-        fc2 = torch.stack([block.mlp.fc2.bias for block in self.blocks])
-        return torch.stack([proj, fc2], 1).flatten(0, 1)
+        proj = torch.stack([b.attn.proj.bias for b in blocks]) + moved
+        fc2 = torch.stack([b.mlp.fc2.bias for b in blocks])
+        fc1 = torch.stack([b.mlp.fc1.bias for b in blocks])
+        return Biases(qkv, fc1.unbind(), fc1.detach().to(dtype).unbind(), torch.stack([proj, fc2], 1).flatten(0, 1))
 
     # -- construction --------------------------------------------------------------------------------------------------
     @classmethod

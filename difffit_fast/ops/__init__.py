@@ -18,24 +18,26 @@ gamma                     DiffFit's γ
 d<name>                   gradient of <name>: dscale, dshift, dgate, dbias, dbranch, dx, dqkv, dgamma
 ========================= ============================================================================================
 
-In :mod:`.frozen_linear` and on qkv, fc1 and fc2 a bias is that of the linear itself; softmax's ``scale`` is 1/√d.
+z is what qkv gives, bare: without bias and γ. In :mod:`.frozen_linear` and on qkv, fc1 and fc2 a bias is that of the linear
+itself. In :mod:`.attention` and :mod:`.block` ``vectors`` is what acts on the channels of z.
 """
 
 from .. import _ext
 from .._rooms import kernels_mode, use_kernels
-from . import adaln, attention, colsum, frozen_linear, frozen_mlp, frozen_qkv, residual
+from . import adaln, attention, block, colsum, frozen_linear, frozen_mlp, modulation, residual
 
 kernel_report = _ext.kernel_report  # complete here, where every operation has registered itself
 
 __all__ = [
     "adaln",
     "attention",
+    "block",
     "colsum",
     "frozen_linear",
     "frozen_mlp",
-    "frozen_qkv",
     "kernel_report",
     "kernels_mode",
+    "modulation",
     "residual",
     "use_kernels",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("difffit_fast", "DEF")
 
 
@@ -17,11 +20,16 @@ def register(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> Any:
-    """Define ``difffit_fast::<schema>`` and return the callable.
+) -> Callable:
+    """Define ``difffit_fast::<schema>`` and return the function that calls it.
 
     ``implementation`` is one Python function for all devices: it picks the kernels by the tensors it gets
     (:mod:`.dispatch`). Autocast is off inside it: the caller has decided the dtypes.
+
+    The function goes through the dispatcher only where something looks on (a compiler, a tracer, a functorch transform, a
+    tensor subclass). Otherwise it runs ``implementation`` itself, under an ``autograd.Function`` of the same
+    ``setup_context`` and ``backward``: the dispatcher and the registered autograd formula, in Python both, cost several
+    times as much as that, at every call.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -35,9 +43,38 @@ def register(
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"difffit_fast::{name}", fake, lib=_LIBRARY)
-    if backward is not None:
+    overload = getattr(torch.ops.difffit_fast, name).default
+    if backward is None:
+        direct = run
+    else:
         torch.library.register_autograd(f"difffit_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(torch.ops.difffit_fast, name).default
+        direct = _function(name, run, setup_context, backward).apply
+
+    @functools.wraps(implementation)
+    def call(*args: Any) -> Any:
+        return overload(*args) if torch.compiler.is_compiling() or _watched(args) else direct(*args)
+
+    return call
+
+
+def _function(name: str, run: Callable, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    """The same autograd as the registered one. (``setup_context`` as a method of its own would have PyTorch inspect the
+    signature of ``forward`` at every call.)"""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        out = run(*args)
+        setup_context(ctx, args, out)
+        return out
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def _watched(args: tuple[Any, ...]) -> bool:
+    """Whether a dispatch mode, a functorch transform or a tensor subclass must see the operation as such."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,168 +1,171 @@
-"""attention: softmax(q·kᵀ/√d)·v over the tokens of each sample; q, k, v are views of one projection and never copied.
+"""attention: softmax(q·kᵀ/√d)·v over the tokens of each sample, straight from the bare product of qkv.
 
-On CUDA (and wherever asked for) PyTorch's scaled_dot_product_attention or xformers does it, chosen by architecture and
-head size. On the CPU batched matrix products beat it: two forward and four backward, with the probabilities kept where
-they are small (up to 512 tokens) and recomputed where they are not, gradients written straight into one dqkv.
+    q = z_q + b,   k = z_k,   v = z_v,   S = Σ_c g_c q_c k_c / √d,   P = softmax S,   o = γ_v·(P v),   g = γ_q·γ_k
+
+Softmax does not see a constant key bias, and a constant value bias leaves the attention as it came (rows of P sum to
+one): b_k is left out, its gradient is exactly 0, and γ_v·b_v moves behind the attention into the bias of proj. γ of queries
+and keys act through their product g alone, so Σ_t A·q, A = dS·k/√d, is the one reduction that serves both. Nothing is
+divided by γ. What acts on the channels is one tensor ``vectors`` (G, R, D): R = 3 rows b, g, γ_v, or b alone (R = 1, no γ);
+G = 1 for all samples or B, one set for each.
+
+Saved: z, o and the logarithm of the sum of each row's exponentials. Ours ("fused": Triton on CUDA, C++ on the CPU) reads z
+and writes dz in place, packed. Libraries on CUDA want q and k with g applied, and give dq, dk, dv apart: a pass over z before
+them and one after. Which one runs is timed once for each problem, passes included (:mod:`.probe`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import _ext
 from ..errors import DiffFitError
 from ._register import register, wide
-from .dispatch import pick
-from .gemm import widen
+from .dispatch import pick, room
+from .probe import Chooser
 
-KEEP_PROBABILITIES_UP_TO = 512  # tokens; beyond it the probabilities outweigh q, k, v and are recomputed
+BACKENDS = ("auto", "fused", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "xformers", "math")
 
-_SDPA = {
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa-math": SDPBackend.MATH,
-}
-BACKENDS = ("auto", "bmm", "sdpa", *_SDPA, "xformers")
+_chooser = Chooser("fused")
 
 
 # -- the plain reference -------------------------------------------------------------------------------------------
-def softmax_forward(scores: Tensor, scale: float) -> None:
-    scores.copy_(torch.softmax(scores.to(wide(scores.dtype)) * scale, -1))
+def _rows(vectors: Tensor, like: torch.dtype) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """b, g and γ_v, each (G, 1, D) or 1."""
+    rows = vectors.to(wide(like))[:, :, None].unbind(1)
+    return (rows[0], 1.0, 1.0) if len(rows) == 1 else rows  # type: ignore[return-value]
 
 
-def softmax_backward(dp: Tensor, p: Tensor, scale: float) -> None:
-    w = wide(dp.dtype)
-    dp32, p32 = dp.to(w), p.to(w)
-    dp.copy_(scale * p32 * (dp32 - (dp32 * p32).sum(-1, keepdim=True)))
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-# -- batched products, the CPU's way -------------------------------------------------------------------------------
-# As many samples at a time as keep the probabilities in a core's cache: many, when they are short.
-PROBABILITIES_AT_A_TIME = 2**19
+def _merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
 
 
-def _groups(batch: int, num_heads: int, tokens: int) -> list[slice]:
-    n = max(1, PROBABILITIES_AT_A_TIME // max(1, num_heads * tokens * tokens))
-    return [slice(i, min(i + n, batch)) for i in range(0, batch, n)]
+def attention_forward(z: Tensor, vectors: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    bias, gain, gamma_v = _rows(vectors, z.dtype)
+    zq, zk, zv = z.to(wide(z.dtype)).chunk(3, -1)
+    q, k, v = (_heads(x, num_heads) for x in (gain * (zq + bias), zk, zv))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    lse = torch.logsumexp(scores, -1)
+    o = gamma_v * _merged(torch.exp(scores - lse[..., None]) @ v)
+    return o.to(z.dtype), lse
 
 
-def _heads(x: Tensor, parts: int, num_heads: int) -> Tensor:
-    """(n, T, parts·H·d) -> (parts, n·H, T, d); a view for one sample, a copy for several."""
-    n, t, width = x.shape
-    heads = x.view(n, t, parts, num_heads, width // (parts * num_heads)).permute(2, 0, 3, 1, 4)
-    return heads.squeeze(1) if n == 1 else heads.reshape(parts, n * num_heads, t, -1)
+def attention_backward(
+    do: Tensor, z: Tensor, vectors: Tensor, o: Tensor, lse: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    w = wide(z.dtype)
+    bias, gain, gamma_v = _rows(vectors, z.dtype)
+    zq, zk, zv = z.to(w).chunk(3, -1)
+    q, k, v, g = (_heads(x, num_heads) for x in (gain * (zq + bias), zk, zv, do.to(w)))
+    scale = 1 / math.sqrt(q.shape[-1])
+    p = torch.exp(q @ k.transpose(-1, -2) * scale - lse[..., None])
+    dv = _merged(p.transpose(-1, -2) @ g)
+    delta = _heads((do.to(w) * o.to(w)), num_heads).sum(-1, keepdim=True)
+    ds = scale * p * (_heads(gamma_v * do.to(w), num_heads) @ v.transpose(-1, -2) - delta)
+    return _gradients(_merged(ds @ k), _merged(ds.transpose(-1, -2) @ q), dv, z, vectors)
 
 
-def _store(into: Tensor, part: int, parts: int, num_heads: int, value: Tensor) -> None:
-    """Write (n·H, T, d) as part ``part`` of (n, T, parts·H·d)."""
-    n, t, width = into.shape
-    view = into.view(n, t, parts, num_heads, width // (parts * num_heads))[:, :, part].transpose(1, 2)
-    view.copy_(value.view(view.shape))
+def scale_qkv(z: Tensor, vectors: Tensor) -> Tensor:
+    """What a library takes: g·(z_q + b), z_k, γ_v·z_v, (B, T, 3D)."""
+    bias, gain, gamma_v = _rows(vectors, z.dtype)
+    zq, zk, zv = z.to(wide(z.dtype)).chunk(3, -1)
+    return torch.cat([gain * (zq + bias), zk, gamma_v * zv], -1).to(z.dtype)
 
 
-def _probabilities(q: Tensor, k: Tensor, out: Tensor | None) -> Tensor:
-    p = torch.bmm(q, k.transpose(1, 2)) if out is None else torch.bmm(q, k.transpose(1, 2), out=out)
-    pick("attention", softmax_forward, p, has_triton=False)(p, 1 / math.sqrt(q.shape[-1]))
-    return p
+def pack_dqkv(dq: Tensor, dk: Tensor, dv: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """dz and dvectors from a library's gradients of what :func:`scale_qkv` gave it, each (B, T, D)."""
+    return _gradients(*(x.to(wide(z.dtype)) for x in (dq, dk, dv)), z, vectors)
 
 
-def _forward(qkv: Tensor, num_heads: int, keep: bool) -> tuple[Tensor, Tensor]:
-    qkv = qkv.contiguous()
-    b, t, n = qkv.shape
-    up = widen(qkv)
-    o = qkv.new_empty(b, t, n // 3)
-    kept = qkv.new_empty(b, num_heads, t, t) if keep else qkv.new_empty(0)
-    for s in _groups(b, num_heads, t):
-        q, k, v = _heads(qkv[s].float() if up else qkv[s], 3, num_heads)
-        p = _probabilities(q, k, kept[s].view(-1, t, t) if keep and not up else None)
-        if keep and up:
-            kept[s].copy_(p.view(kept[s].shape))
-        _store(o[s], 0, 1, num_heads, torch.bmm(p, v))
-    return o, kept
+def _gradients(a: Tensor, dk: Tensor, dv: Tensor, z: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradients of g·q, of k and of γ_v·v."""
+    bias, gain, gamma_v = _rows(vectors, z.dtype)
+    zq, _, zv = z.to(a.dtype).chunk(3, -1)
+    dq = gain * a
+    sums = [dq] if vectors.shape[1] == 1 else [dq, a * (zq + bias), dv * zv]
+    per_sample = torch.stack([s.sum(1) for s in sums], 1)
+    dvectors = per_sample if vectors.shape[0] == z.shape[0] else per_sample.sum(0, keepdim=True)
+    return torch.cat([dq, dk, gamma_v * dv], -1).to(z.dtype), dvectors
 
 
-def _backward(do: Tensor, qkv: Tensor, kept: Tensor, num_heads: int) -> Tensor:
-    qkv, do = qkv.contiguous(), do.contiguous()
-    b, t, n = qkv.shape
-    scale, up = 1 / math.sqrt(n // (3 * num_heads)), widen(qkv)
-    dqkv = torch.empty_like(qkv)
-    for s in _groups(b, num_heads, t):
-        q, k, v = _heads(qkv[s].float() if up else qkv[s], 3, num_heads)
-        (dos,) = _heads(do[s].float() if up else do[s], 1, num_heads)
-        if kept.numel():
-            p = kept[s].view(-1, t, t).float() if up else kept[s].view(-1, t, t)
-        else:
-            p = _probabilities(q, k, None)
-        _store(dqkv[s], 2, 3, num_heads, torch.bmm(p.transpose(1, 2), dos))
-        ds = torch.bmm(dos, v.transpose(1, 2))
-        pick("attention", softmax_backward, ds, has_triton=False)(ds, p, scale)
-        _store(dqkv[s], 0, 3, num_heads, torch.bmm(ds, k))
-        _store(dqkv[s], 1, 3, num_heads, torch.bmm(ds.transpose(1, 2), q))
-    return dqkv
+# -- libraries on CUDA ---------------------------------------------------------------------------------------------
+# Each: forward (q, k, v (B, H, T, d), scale) -> o, lse and backward (do, q, k, v, o, lse, scale) -> dq, dk, dv. The meaning of
+# lse (B, H, T) is one for all, ours included.
+def _no_seed(q: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=q.device)  # dropout's, unused
 
 
-backward_op = register(
-    "attention_backward(Tensor do, Tensor qkv, Tensor kept, int num_heads) -> Tensor",
-    _backward,
-    lambda do, qkv, kept, num_heads: qkv.new_empty(qkv.shape),
-)
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
 
 
-def _forward_fake(qkv: Tensor, num_heads: int, keep: bool) -> tuple[Tensor, Tensor]:
-    b, t, n = qkv.shape
-    return qkv.new_empty(b, t, n // 3), qkv.new_empty((b, num_heads, t, t) if keep else (0,))
+def _flash_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    t, none, seed = q.shape[2], q.new_empty(0, dtype=torch.int32), torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, o, lse, none, none, t, t, 0.0, False, seed, seed, scale=scale
+    )
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    qkv, ctx.num_heads, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    if ctx.needs_input_grad[0]:
-        ctx.save_for_backward(qkv, output[1])
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+    return o, lse.reshape(q.shape[:3])
 
 
-def _autograd(ctx: Any, do: Tensor | None, _: Any) -> tuple:
-    if do is None or not ctx.needs_input_grad[0]:
-        return None, None, None
-    return backward_op(do, *ctx.saved_tensors, ctx.num_heads), None, None
+def _cudnn_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    t, none, seed = q.shape[2], q.new_empty(0, dtype=torch.int32), _no_seed(q)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        do, q, k, v, o, lse[..., None], seed, seed, None, none, none, t, t, 0.0, False, scale=scale
+    )
 
 
-_attention = register(
-    "attention(Tensor qkv, int num_heads, bool keep) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    setup_context=_setup,
-    backward=_autograd,
-)
-_ext.register_operation("attention", has_triton=False, cuda="library (SDPA or xformers)")
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    o, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
+    return o, lse[..., : q.shape[2]].contiguous()
 
 
-# -- the choice ----------------------------------------------------------------------------------------------------
-def available_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """The values of ``attention=`` that can work for this device, dtype and head size, the preferred one first."""
-    if device.type != "cuda":
-        return ["bmm", "sdpa", "sdpa-math", *(["sdpa-flash"] if device.type == "cpu" else [])]
-    half = dtype in (torch.float16, torch.bfloat16)
-    major = torch.cuda.get_device_capability(device)[0]
-    names = []
-    if half and major >= 8 and head_dim % 8 == 0:
-        flash = ["sdpa-flash"] if head_dim <= 256 else []
-        cudnn = (
-            ["sdpa-cudnn"] if head_dim <= (256 if major >= 9 else 128) and torch.backends.cudnn.is_available() else []
-        )
-        names += cudnn + flash if major >= 9 else flash + cudnn
-    names += ["sdpa-efficient", "sdpa-math", "sdpa", "bmm"]
-    if _xformers() is not None:
-        names.append("xformers")
-    return names
+def _efficient_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)  # its rows are multiples of 32
+    mask = [True, True, True, False]
+    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        do, q, k, v, None, o, padded, _no_seed(q), _no_seed(q), 0.0, mask, False, scale=scale
+    )[:3]
+
+
+def _xformers_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    fmha = _xformers().fmha
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v, scale=scale)
+    return o.transpose(1, 2), lse[..., : q.shape[1]].contiguous()
+
+
+def _xformers_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
+    grads = _xformers().fmha.memory_efficient_attention_backward(do, o, lse, q, k, v, scale=scale)
+    return tuple(g.transpose(1, 2) for g in grads)
+
+
+_LIBRARIES: dict[str, tuple[Callable, Callable]] = {
+    "sdpa-cudnn": (_cudnn_forward, _cudnn_backward),
+    "sdpa-flash": (_flash_forward, _flash_backward),
+    "sdpa-efficient": (_efficient_forward, _efficient_backward),
+    "xformers": (_xformers_forward, _xformers_backward),
+}
 
 
 def _xformers() -> Any | None:
@@ -173,8 +176,43 @@ def _xformers() -> Any | None:
     return xformers.ops
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Check ``attention=name`` for this device and return the backend that will run.
+def _around(reference: Callable, like: Tensor) -> Callable:
+    """A pass before or after a library, which run on CUDA only."""
+    return pick("attention", reference, like) if room(like.device, like.dtype) == "triton" else reference
+
+
+# -- the choice ----------------------------------------------------------------------------------------------------
+def fused_is_ours(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether "fused" is one kernel here (on CUDA Triton's, in half precision), not plain PyTorch or slower than it."""
+    if device.type != "cuda":
+        return True
+    if room(device, dtype) != "triton" or dtype == torch.float32:
+        return False
+    from .dispatch import triton_kernels
+
+    return triton_kernels("attention").supports(head_dim, dtype)
+
+
+def available_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """The values of ``attention=`` that can work for this device, dtype and head size, the one taken untimed first."""
+    if device.type != "cuda":
+        return ["fused", "math"]
+    major = torch.cuda.get_device_capability(device)[0]
+    half = dtype in (torch.float16, torch.bfloat16) and major >= 8 and head_dim % 8 == 0
+    names = ["fused"] if fused_is_ours(device, dtype, head_dim) else []
+    if half and head_dim <= (256 if major >= 9 else 128) and torch.backends.cudnn.is_available():
+        names.append("sdpa-cudnn")
+    if half and head_dim <= 256:
+        names.append("sdpa-flash")
+    if dtype in (torch.float16, torch.bfloat16, torch.float32):
+        names.append("sdpa-efficient")
+        if _xformers() is not None:
+            names.append("xformers")
+    return [*names, "math"]
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Check ``attention=name`` for this device; the backends among which the device decides, the default first.
 
     Raises:
         DiffFitError: the name is unknown, or impossible here; the message lists the possible ones.
@@ -183,36 +221,172 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_di
         raise DiffFitError(f"attention must be one of {', '.join(BACKENDS)}; got {name!r}")
     possible = available_backends(device, dtype, head_dim)
     if name == "auto":
-        return possible[0]
+        return possible[:-1] if len(possible) > 1 else possible
     if name not in possible:
         raise DiffFitError(
             f"attention={name!r} cannot run on {device} in {dtype} with head size {head_dim}; possible: {', '.join(possible)}"
         )
-    return name
+    return [name]
 
 
-def attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor:
+def _choose(z: Tensor, vectors: Tensor, num_heads: int, backend: str) -> str:
+    b, t, n = z.shape
+    names = resolve_backend(backend, z.device, z.dtype, n // (3 * num_heads))
+    if len(names) == 1 or z.numel() == 0:
+        return names[0]
+    dtype = str(z.dtype).removeprefix("torch.")
+    key = ("attention", str(z.device), dtype, b, t, num_heads, n // (3 * num_heads), vectors.shape[1] == 3)
+
+    def candidate(name: str) -> Callable[[], Any]:
+        def there_and_back() -> None:
+            o, lse = _run_forward(name, z, vectors, num_heads)
+            _run_backward(name, o, z, vectors, o, lse, num_heads)
+
+        return there_and_back
+
+    return _chooser.choose(key, {name: candidate(name) for name in names}, z.device, default=names[0])
+
+
+def _run_forward(name: str, z: Tensor, vectors: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    if name == "math":
+        return attention_forward(z, vectors, num_heads)
+    if name == "fused":
+        return pick("attention", attention_forward, z)(z, vectors, num_heads)
+    q, k, v = (_heads(x, num_heads) for x in _around(scale_qkv, z)(z, vectors).chunk(3, -1))
+    o, lse = _LIBRARIES[name][0](q, k, v, 1 / math.sqrt(q.shape[-1]))
+    return _merged(o), lse
+
+
+def _run_backward(
+    name: str, do: Tensor, z: Tensor, vectors: Tensor, o: Tensor, lse: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    if name == "math":
+        return attention_backward(do, z, vectors, o, lse, num_heads)
+    if name == "fused":
+        return pick("attention", attention_backward, z)(do, z, vectors, o, lse, num_heads)
+    q, k, v = (_heads(x, num_heads) for x in _around(scale_qkv, z)(z, vectors).chunk(3, -1))
+    grads = _LIBRARIES[name][1](
+        _heads(do, num_heads), q, k, v, _heads(o, num_heads), lse, 1 / math.sqrt(q.shape[-1])
+    )
+    return _around(pack_dqkv, z)(*(_merged(g).contiguous() for g in grads), z, vectors)
+
+
+def forget() -> None:
+    """Forget which backend was faster, so that they are timed again (for tests and benchmarks)."""
+    _chooser.clear()
+
+
+# -- registration --------------------------------------------------------------------------------------------------
+def _check(z: Tensor, vectors: Tensor, num_heads: int) -> None:
+    if z.dim() != 3 or num_heads < 1 or z.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"attention: qkv must be (B, T, n) with n a multiple of 3·{num_heads} heads; got {tuple(z.shape)}"
+        )
+    b, d = z.shape[0], z.shape[-1] // 3
+    if vectors.dim() != 3 or vectors.shape[0] not in (1, b) or vectors.shape[1] not in (1, 3) or vectors.shape[2] != d:
+        raise ValueError(
+            f"attention: the query bias, with γ or without, must be (1 or {b}, 1 or 3, {d}); got {tuple(vectors.shape)}"
+        )
+
+
+def forward(z: Tensor, vectors: Tensor, num_heads: int, backend: str) -> tuple[Tensor, Tensor]:
+    """o (B, T, D) and lse (B, H, T) of contiguous z and vectors."""
+    return _run_forward(_choose(z, vectors, num_heads, backend), z, vectors, num_heads)
+
+
+def backward(
+    do: Tensor, z: Tensor, vectors: Tensor, o: Tensor, lse: Tensor, num_heads: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """dz (B, T, 3D) and dvectors, float32, of contiguous tensors."""
+    return _run_backward(_choose(z, vectors, num_heads, backend), do, z, vectors, o, lse, num_heads)
+
+
+def _forward(z: Tensor, vectors: Tensor, num_heads: int, backend: str) -> tuple[Tensor, Tensor]:
+    _check(z, vectors, num_heads)
+    return forward(z.contiguous(), vectors.to(wide(z.dtype)).contiguous(), num_heads, backend)
+
+
+def _forward_fake(z: Tensor, vectors: Tensor, num_heads: int, backend: str) -> tuple[Tensor, Tensor]:
+    _check(z, vectors, num_heads)
+    b, t, n = z.shape
+    return z.new_empty(b, t, n // 3), z.new_empty(b, num_heads, t, dtype=wide(z.dtype))
+
+
+def _backward(
+    do: Tensor, z: Tensor, vectors: Tensor, o: Tensor, lse: Tensor, num_heads: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    vectors = vectors.to(wide(z.dtype)).contiguous()
+    return backward(do.contiguous(), z.contiguous(), vectors, o, lse, num_heads, backend)
+
+
+backward_op = register(
+    "attention_backward(Tensor do, Tensor z, Tensor vectors, Tensor o, Tensor lse, int num_heads, str backend)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    lambda do, z, vectors, o, lse, num_heads, backend: (
+        z.new_empty(z.shape),
+        vectors.new_empty(vectors.shape, dtype=wide(z.dtype)),
+    ),
+)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    z, vectors, ctx.num_heads, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    if any(ctx.needs_input_grad):
+        ctx.save_for_backward(z, vectors, *output)
+
+
+def _autograd(ctx: Any, do: Tensor | None, _: Any) -> tuple:
+    if do is None:
+        return None, None, None, None
+    vectors = ctx.saved_tensors[1]
+    dz, dvectors = backward_op(do, *ctx.saved_tensors, ctx.num_heads, ctx.backend)
+    need = ctx.needs_input_grad
+    return dz if need[0] else None, dvectors.to(vectors.dtype) if need[1] else None, None, None
+
+
+_attention = register(
+    "attention(Tensor z, Tensor vectors, int num_heads, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_autograd,
+)
+_ext.register_operation("attention")
+_ext.register_choice("attention", _chooser.report)
+
+
+def qkv_vectors(bias_q: Tensor, gamma: Tensor | None) -> Tensor:
+    """b, or b, g = γ_q·γ_k and γ_v, side by side: bias_q (..., D), gamma (..., 3D) or None -> (..., 1 or 3, D)."""
+    if gamma is None:
+        return bias_q[..., None, :]
+    gamma_q, gamma_k, gamma_v = gamma.chunk(3, -1)
+    return torch.stack([bias_q, gamma_q * gamma_k, gamma_v], -2)
+
+
+def attention(
+    qkv: Tensor, num_heads: int, bias_q: Tensor | None = None, gamma: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Multi-head self-attention over the tokens of each sample.
 
     Args:
-        qkv: (B, T, 3·H·d), q, k, v side by side and head-major, as :func:`frozen_qkv` returns them.
+        qkv: (B, T, 3·H·d), the bare product: q, k, v side by side, each head-major.
         num_heads: H.
-        backend: one of ``BACKENDS``; "auto" is batched products on the CPU and, on CUDA, the first of cuDNN, flash and
-            memory-efficient attention that the architecture and head size allow.
+        bias_q: query bias, (D,), or (B, D) where each sample has its own; None: 0.
+        gamma: DiffFit's scale on the projection, (3D,) or (B, 3D), or None.
+        backend: one of ``BACKENDS``; "auto" is our own kernel on the CPU and, on CUDA, the fastest that runs.
 
     Returns:
         (B, T, H·d) in the dtype of ``qkv``.
+
+    Raises:
+        ValueError: shapes that do not fit. DiffFitError: a backend that is unknown, or impossible here.
     """
-    b, t, n = qkv.shape
-    if n % (3 * num_heads):
-        raise ValueError(f"attention: the last size of qkv must be a multiple of 3·{num_heads} heads; got {n}")
-    backend = resolve_backend(backend, qkv.device, qkv.dtype, n // (3 * num_heads))
-    if backend == "bmm":
-        return _attention(qkv, num_heads, t <= KEEP_PROBABILITIES_UP_TO)[0]
-    q, k, v = qkv.view(b, t, 3, num_heads, -1).unbind(2)
-    if backend == "xformers":
-        return _xformers().memory_efficient_attention(q, k, v).reshape(b, t, n // 3)
-    choice = sdpa_kernel(_SDPA[backend]) if backend in _SDPA else contextlib.nullcontext()
-    with choice:
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return o.transpose(1, 2).reshape(b, t, n // 3)
+    if bias_q is None:
+        width = qkv.shape[-1] // 3
+        like = gamma[..., :width] if gamma is not None else None
+        bias_q = qkv.new_zeros(width, dtype=wide(qkv.dtype)) if like is None else torch.zeros_like(like)
+    vectors = qkv_vectors(bias_q, gamma)
+    return _attention(qkv, vectors if vectors.dim() == 3 else vectors[None], num_heads, backend)[0]

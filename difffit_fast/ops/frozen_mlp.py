@@ -45,15 +45,26 @@ def _check(h: Tensor, w1: Tensor, w2: Tensor) -> None:
         )
 
 
+def activate(h: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
+    """g = gelu(u) and u = h·w1ᵀ + b1, both (M, F), of a matrix h (M, D); on CUDA in one cuBLASLt call where that is faster."""
+    gelu = pick("frozen_mlp", gelu_forward, h)
+    if h.device.type == "cuda":
+        return linear_gelu(h, w1, b1, gelu)
+    u = linear(h, w1, b1)
+    return gelu(u), u
+
+
+def activate_backward(dbranch: Tensor, w2: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """du (M, F) and db1 (F,), float32, from the gradient of what fc2 gives, (M, D)."""
+    gelu = pick("frozen_mlp", gelu_backward, u)
+    if u.device.type == "cuda":
+        return dgelu_dgrad(dbranch, w2, u, gelu)
+    return gelu(dgrad(dbranch, w2), u)
+
+
 def _forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     _check(h, w1, w2)
-    h2 = h.reshape(-1, h.shape[-1])
-    gelu = pick("frozen_mlp", gelu_forward, h2)
-    if h.device.type == "cuda":  # one cuBLASLt call where that is faster
-        g, u = linear_gelu(h2, w1, b1, gelu)
-    else:
-        u = linear(h2, w1, b1)
-        g = gelu(u)
+    g, u = activate(h.reshape(-1, h.shape[-1]), w1, b1)
     branch = linear(g, w2)
     return branch.view(*h.shape[:-1], w2.shape[0]), u
 
@@ -66,8 +77,7 @@ def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor
 
 def _backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
     dbranch2 = dbranch.reshape(-1, w2.shape[0]).contiguous()
-    gelu = pick("frozen_mlp", gelu_backward, u)
-    du, db1 = dgelu_dgrad(dbranch2, w2, u, gelu) if u.device.type == "cuda" else gelu(dgrad(dbranch2, w2), u)
+    du, db1 = activate_backward(dbranch2, w2, u)
     dh = dgrad(du, w1).view(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dbranch.new_empty(0)
     return dh, db1
 

@@ -36,7 +36,7 @@ class Chooser:
     """The choices of one operation.
 
     Args:
-        default: name of the candidate that is used unless another is clearly faster; it must always work.
+        default: name of the candidate that is used unless another is clearly faster.
         timer: times a call on a device, in microseconds (replaced in tests).
     """
 
@@ -46,18 +46,25 @@ class Chooser:
         self._decisions: dict[tuple, Decision] = {}
         self._lock = threading.Lock()
 
-    def choose(self, key: tuple, candidates: dict[str, Callable[[], Any]], device: torch.device) -> str:
-        """Name of the candidate to use for the problem ``key``; the candidates must leave their inputs unchanged."""
+    def choose(
+        self, key: tuple, candidates: dict[str, Callable[[], Any]], device: torch.device, default: str | None = None
+    ) -> str:
+        """Name of the candidate to use for the problem ``key``; the candidates must leave their inputs unchanged.
+
+        ``default``: the default of this problem, where not all have one. Where the default fails, the fastest of the others
+        is taken; where all fail, its error is raised.
+        """
+        default = default or self.default
         if torch.are_deterministic_algorithms_enabled():
-            self.record(key, Decision(self.default, "deterministic algorithms: nothing is timed", lasting=False))
-            return self.default
+            self.record(key, Decision(default, "deterministic algorithms: nothing is timed", lasting=False))
+            return default
         known = self._decisions.get(key)
         if known is not None and known.lasting:
             return known.chosen
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             why = "first met inside a CUDA graph capture, where nothing can be timed"
-            return self.record(key, Decision(self.default, why, lasting=False))
-        return self.record(key, self._compare(candidates, device))
+            return self.record(key, Decision(default, why, lasting=False))
+        return self.record(key, self._compare(candidates, device, default))
 
     def record(self, key: tuple, decision: Decision) -> str:
         """Keep ``decision`` unless a lasting one is there already; returns the choice that holds."""
@@ -86,7 +93,7 @@ class Chooser:
         with self._lock:
             self._decisions.clear()
 
-    def _compare(self, candidates: dict[str, Callable[[], Any]], device: torch.device) -> Decision:
+    def _compare(self, candidates: dict[str, Callable[[], Any]], device: torch.device, default: str) -> Decision:
         times: dict[str, list[float]] = {name: [] for name in candidates}
         failed: dict[str, str] = {}
         for round_ in range(ROUNDS + 1):  # the first one compiles, loads and fills caches
@@ -95,23 +102,23 @@ class Chooser:
                     continue
                 try:
                     time = self._timer(call, device)
-                except RuntimeError as error:
-                    if name == self.default:
-                        raise
+                except (RuntimeError, NotImplementedError) as error:
                     failed[name] = str(error).partition("\n")[0]
+                    if len(failed) == len(candidates):
+                        raise
                     continue
                 if round_:
                     times[name].append(time)
         medians = {name: math.inf if name in failed else statistics.median(times[name]) for name in candidates}
         best = min(medians, key=lambda name: medians[name])
-        if best != self.default and medians[best] > ADVANTAGE * medians[self.default]:
-            best = self.default
+        if best != default and medians[best] > ADVANTAGE * medians[default]:
+            best = default
         if failed:
             why = "; ".join(f"{name} failed: {error}" for name, error in failed.items())
-        elif best == self.default:
+        elif best == default:
             why = "no other candidate is clearly faster"
         else:
-            why = f"{medians[self.default] / medians[best]:.2f} times as fast as {self.default}"
+            why = f"{medians[default] / medians[best]:.2f} times as fast as {default}"
         return Decision(best, why, medians)
 
 

@@ -42,7 +42,7 @@ def residual_adaln_forward(
 
 def residual_adaln_backward(
     dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     w = wide(y.dtype)
     dh = dh.to(w)
     yhat = (y.to(w) - mean[..., None]) * rstd[..., None]
@@ -50,7 +50,8 @@ def residual_adaln_backward(
     if dy is not None:
         g = g + dy.to(w)
     dbranch = (g * gate[:, None]).to(branch.dtype)
-    return g.to(y.dtype), dbranch, (g * branch.to(w)).sum(1), g.sum(1), (dh * yhat).sum(1), dh.sum(1)
+    sums = [(g * branch.to(w)).sum(1), g.sum(1), (dh * yhat).sum(1), dh.sum(1)]
+    return g.to(y.dtype), dbranch, torch.stack(sums)
 
 
 # -- residual ------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def _join_forward_fake(
 
 def _join_backward(
     dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dy = None if dy is None else dy.contiguous()
     gate, scale = _vectors(y, gate, scale)
     return pick("residual", residual_adaln_backward, y)(
@@ -160,14 +161,13 @@ def _join_backward(
 
 def _join_backward_fake(
     dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = [gate.new_empty(gate.shape, dtype=wide(y.dtype)) for _ in range(4)]
-    return y.new_empty(y.shape), branch.new_empty(branch.shape), sums[0], sums[1], sums[2], sums[3]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return y.new_empty(y.shape), branch.new_empty(branch.shape), gate.new_empty(4, *gate.shape, dtype=wide(y.dtype))
 
 
 residual_adaln_backward_op = register(
     "residual_adaln_backward(Tensor dh, Tensor? dy, Tensor y, Tensor branch, Tensor gate, Tensor scale, Tensor mean,"
-    " Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor rstd) -> (Tensor, Tensor, Tensor)",
     _join_backward,
     _join_backward_fake,
 )
@@ -192,9 +192,8 @@ def _join_autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> t
         dbranch, dgate, dbias = residual_backward_op(dy, branch, gate)
         dx, dscale, dshift = dy, None, None
     else:
-        dx, dbranch, dgate, dbias, dscale, dshift = residual_adaln_backward_op(
-            dh, dy, y, branch, gate, scale, mean, rstd
-        )
+        dx, dbranch, sums = residual_adaln_backward_op(dh, dy, y, branch, gate, scale, mean, rstd)
+        dgate, dbias, dscale, dshift = sums
     grads = [dx, dbranch]
     grads += [None if g is None else g.to(d) for g, d in zip((dgate, dbias, dscale, dshift), ctx.dtypes, strict=True)]
     return (*(g if n else None for g, n in zip(grads, need, strict=False)), None)

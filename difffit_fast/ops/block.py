@@ -1,0 +1,235 @@
+"""block: a whole transformer block with frozen weights, two branches and two joins, as one operation.
+
+    x, h = join(x, proj(attention(qkv(h))))
+    x, h = join(x, fc2(gelu(fc1(h))))                 join: residual_adaln, gate, bias, scale and shift of which are ``joint``
+
+It computes what :mod:`.frozen_linear`, :mod:`.attention`, :mod:`.frozen_mlp` and :mod:`.residual` compute one after the other,
+by the same kernels in the same order. As one operation it costs the host one call instead of six each way, and all sums of
+its backward (of both joins, of fc1's bias, of what acts on qkv) share one second stage. Saved: what the six would save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention, frozen_mlp
+from ._register import check_frozen, register, wide
+from .dispatch import pick, room, triton_kernels
+from .gemm import check_operands, dgrad, linear
+from .residual import (
+    residual_adaln_backward,
+    residual_adaln_forward,
+    residual_backward,
+)
+
+
+def _check(
+    x: Tensor, h: Tensor, qkv: Tensor, proj: Tensor, fc1: Tensor, fc2: Tensor, vectors: Tensor, joint1: Tensor, joint2: Tensor
+) -> None:
+    if x.dim() != 3 or h.shape != x.shape:
+        raise ValueError(f"block: x and h must both be (B, T, D); got {tuple(x.shape)} and {tuple(h.shape)}")
+    b, _, d = x.shape
+    for name, weight in (("qkv", qkv), ("proj", proj), ("fc1", fc1)):
+        check_operands(f"block ({name})", h, weight)
+    if qkv.shape[0] != 3 * d or proj.shape[0] != d or fc2.shape != (d, fc1.shape[0]) or fc2.dtype != h.dtype:
+        raise ValueError(
+            f"block: weights of qkv, proj, fc1, fc2 must be (3·{d}, {d}), ({d}, {d}), (F, {d}), ({d}, F); got "
+            + ", ".join(str(tuple(w.shape)) for w in (qkv, proj, fc1, fc2))
+        )
+    for joint in (joint1, joint2):
+        if joint.shape != (4, b, d):
+            raise ValueError(f"block: the vectors of a join must be (4, {b}, {d}); got {tuple(joint.shape)}")
+
+
+def _one_stage(like: Tensor) -> Any:
+    """A context in which Triton's reductions leave their second stage to one launch at its end."""
+    if room(like.device, like.dtype) == "triton":
+        return triton_kernels("sums").together()
+    return contextlib.nullcontext()
+
+
+def _wide(like: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.to(wide(like.dtype)).contiguous()
+
+
+def _forward(
+    x: Tensor,
+    h: Tensor,
+    qkv: Tensor,
+    proj: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    vectors: Tensor,
+    bias1: Tensor,
+    bias1_cast: Tensor,
+    joint1: Tensor,
+    joint2: Tensor,
+    num_heads: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    _check(x, h, qkv, proj, fc1, fc2, vectors, joint1, joint2)
+    shape, d = h.shape, h.shape[-1]
+    join = pick("residual", residual_adaln_forward, x)
+
+    z = linear(h.reshape(-1, d), qkv).view(*shape[:-1], 3 * d)
+    o, lse = attention.forward(z, _wide(x, vectors), num_heads, backend)
+    branch1 = linear(o.view(-1, d), proj).view(shape)
+    y1, h, mean1, rstd1 = join(x.contiguous(), branch1, *_wide(x, joint1).unbind(), eps)
+
+    g, u = frozen_mlp.activate(h.view(-1, d), fc1, bias1_cast)
+    branch2 = linear(g, fc2).view(shape)
+    y2, h, mean2, rstd2 = join(y1, branch2, *_wide(x, joint2).unbind(), eps)
+    return y2, h, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2
+
+
+def _forward_fake(x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    qkv, proj, fc1, fc2, vectors, _, _, joint1, joint2, num_heads = args[:10]
+    _check(x, h, qkv, proj, fc1, fc2, vectors, joint1, joint2)
+    b, t, d = x.shape
+    statistic = lambda: x.new_empty(b, t, dtype=wide(x.dtype))  # noqa: E731
+    return (
+        x.new_empty(x.shape), h.new_empty(h.shape), h.new_empty(b, t, 3 * d), h.new_empty(h.shape),
+        x.new_empty(b, num_heads, t, dtype=wide(h.dtype)), h.new_empty(h.shape), x.new_empty(x.shape), statistic(), statistic(),
+        h.new_empty(b * t, fc1.shape[0]), h.new_empty(h.shape), statistic(), statistic(),
+    )  # fmt: skip
+
+
+def _backward(
+    dy: Tensor | None,
+    dh: Tensor | None,
+    qkv: Tensor,
+    proj: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    vectors: Tensor,
+    joint1: Tensor,
+    joint2: Tensor,
+    z: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    branch1: Tensor,
+    y1: Tensor,
+    mean1: Tensor,
+    rstd1: Tensor,
+    u: Tensor,
+    branch2: Tensor,
+    y2: Tensor,
+    mean2: Tensor,
+    rstd2: Tensor,
+    num_heads: int,
+    backend: str,
+    need_dh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, d = branch1.shape, branch1.shape[-1]
+    joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
+    join = pick("residual", residual_adaln_backward, y1)
+    with _one_stage(y1):
+        dy = None if dy is None else dy.contiguous()
+        if dh is None:  # the end of a model that nothing but the stream is asked of
+            dx = y2.new_zeros(y2.shape) if dy is None else dy
+            dbranch, *two = pick("residual", residual_backward, y1)(dx, branch2, joint2[0].contiguous())
+            djoint2 = torch.cat([torch.stack(two), joint2.new_zeros(2, *joint2.shape[1:])])
+        else:
+            dx, dbranch, djoint2 = join(dh.contiguous(), dy, y2, branch2, joint2[0], joint2[2], mean2, rstd2)
+        du, dbias1 = frozen_mlp.activate_backward(dbranch.view(-1, d), fc2, u)
+        dh = dgrad(du, fc1).view(shape)
+        dx, dbranch, djoint1 = join(dh, dx, y1, branch1, joint1[0], joint1[2], mean1, rstd1)
+        do = dgrad(dbranch.view(-1, d), proj).view(shape)
+        dz, dvectors = attention.backward(do, z, _wide(y1, vectors), o, lse, num_heads, backend)
+        dh = dgrad(dz.view(-1, 3 * d), qkv).view(shape) if need_dh else dz.new_empty(0)
+    return dx, dh, dvectors, dbias1, djoint1, djoint2
+
+
+def _backward_fake(dy: Tensor | None, dh: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    _, _, fc1, _, vectors, joint1, joint2, _, _, _, branch1, y1 = args[:12]
+    w = wide(y1.dtype)
+    return (
+        y1.new_empty(y1.shape), branch1.new_empty(branch1.shape if args[-1] else 0), vectors.new_empty(vectors.shape, dtype=w),
+        y1.new_empty(fc1.shape[0], dtype=w), joint1.new_empty(joint1.shape, dtype=w), joint2.new_empty(joint2.shape, dtype=w),
+    )  # fmt: skip
+
+
+backward_op = register(
+    "block_backward(Tensor? dy, Tensor? dh, Tensor qkv, Tensor proj, Tensor fc1, Tensor fc2, Tensor vectors, Tensor joint1,"
+    " Tensor joint2, Tensor z, Tensor o, Tensor lse, Tensor branch1, Tensor y1, Tensor mean1, Tensor rstd1, Tensor u,"
+    " Tensor branch2, Tensor y2, Tensor mean2, Tensor rstd2, int num_heads, str backend, bool need_dh)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, _, qkv, proj, fc1, fc2, vectors, bias1, _, joint1, joint2, ctx.num_heads, _, ctx.backend = inputs
+    for index, name in ((2, "qkv"), (3, "proj"), (4, "fc1"), (5, "fc2")):
+        check_frozen(ctx, index, f"the weight of {name}")
+    y2, _, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2 = output
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = vectors.dtype, bias1.dtype, joint1.dtype, joint2.dtype
+    if any(ctx.needs_input_grad):
+        ctx.save_for_backward(
+            qkv, proj, fc1, fc2, vectors, joint1, joint2,
+            z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2,
+        )  # fmt: skip
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple:
+    grads: list[Tensor | None] = [None] * 14
+    if dy is None and dh is None:
+        return tuple(grads)
+    need = ctx.needs_input_grad
+    dx, dh, *vectors = backward_op(dy, dh, *ctx.saved_tensors, ctx.num_heads, ctx.backend, need[1])
+    found = [dx, dh, *(g.to(dtype) for g, dtype in zip(vectors, ctx.dtypes, strict=True))]
+    for index, grad in zip((0, 1, 6, 7, 9, 10), found, strict=True):
+        if need[index]:
+            grads[index] = grad
+    return tuple(grads)
+
+
+_block = register(
+    "block(Tensor x, Tensor h, Tensor qkv, Tensor proj, Tensor fc1, Tensor fc2, Tensor vectors, Tensor bias1,"
+    " Tensor bias1_cast, Tensor joint1, Tensor joint2, int num_heads, float eps, str backend) -> (Tensor, Tensor, Tensor,"
+    " Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup,
+    backward=_autograd,
+)
+
+
+def block(
+    x: Tensor,
+    h: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    vectors: Tensor,
+    bias1: Tensor,
+    joints: tuple[Tensor, Tensor],
+    num_heads: int,
+    *,
+    bias1_cast: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One block.
+
+    Args:
+        x: residual stream, (B, T, D).
+        h: what the attention branch reads, already normalised and modulated, (B, T, D), the compute dtype.
+        weights: of qkv (3D, D), proj (D, D), fc1 (F, D), fc2 (D, F), frozen, the dtype of ``h``.
+        vectors: query bias, with γ or without, as :func:`.attention.qkv_vectors` gives it, (1 or B, 1 or 3, D), float32.
+        bias1: bias of fc1, (F,), float32.
+        joints: of the join behind the attention and of the one behind the MLP: gate, bias, scale, shift, (4, B, D) float32.
+        bias1_cast: ``bias1`` in the compute dtype, where the caller has cast those of all blocks at once.
+        backend: of :func:`.attention.attention`.
+
+    Returns:
+        x and h for the next block.
+    """
+    cast = bias1.detach().to(h.dtype) if bias1_cast is None else bias1_cast
+    return _block(x, h, *weights, vectors, bias1, cast, *joints, num_heads, eps, backend)[:2]
