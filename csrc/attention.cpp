@@ -10,8 +10,7 @@
 // dz are touched, and the products (matmul_kernels.h) take nearly all of the time: 2 of 2·T·T·d operations forward, 5
 // backward. Where there are fewer heads than two for each thread, a unit is a range of queries (forward) or keys
 // (backward); what blocks of keys add to dz_q is then kept apart and added in their order, as within one unit: the bits
-// are the same. Those of the vectors' gradients are sums over tokens by head, or by block of keys, then over blocks and
-// samples, each in its order.
+// are the same. The vectors' gradients are summed by block of kKeyRows tokens, then over blocks and samples in order.
 //
 // softmax_forward, softmax_backward: the softmax between batched products of PyTorch, in place.
 //
@@ -55,7 +54,7 @@ struct Sizes {
     check(op, "z", z, 3);
     STD_TORCH_CHECK(heads >= 1, op, ": num_heads must be at least 1; got ", heads);
     STD_TORCH_CHECK(z.size(2) > 0 && z.size(2) % (3 * heads) == 0, op, ": the last size of z must be a multiple of 3·",
-                    heads, " heads; got shape ", shape(z));
+                    heads, "; got shape ", shape(z));
     B = z.size(0), T = z.size(1), D = z.size(2) / 3, d = D / heads;
     check(op, "vectors", vectors, 3, true);
     G = vectors.size(0), R = vectors.size(1);
@@ -129,22 +128,19 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& 
     return {dz, dvectors};
   }
   const int64_t blocks = (s.T + kKeyRows - 1) / kKeyRows, parts = s.parts(blocks);
-  const std::unique_ptr<float[]> sums(new float[s.B * 2 * s.D]);           // of b and g
-  const std::unique_ptr<float[]> value_dots(new float[s.B * blocks * s.D]);  // of gamma_v, by block of keys
+  const std::unique_ptr<float[]> sums(new float[s.B * blocks * 3 * s.D]);  // of b, g, gamma_v by block of tokens
   dispatch(z.scalar_type(), [&](auto t) {
     using E = typename decltype(t)::type;
     const E *pd = in<E>(dout), *po = in<E>(o);
     const float* plse = in<float>(lse);
     E* pz = out<E>(dz);
-    const auto sums_of = [&](float* all, int64_t rows, int64_t u) {
-      return all + u / s.heads * rows * s.D + u % s.heads * s.d;
-    };
+    const auto sums_of = [&](int64_t u) { return sums.get() + u / s.heads * blocks * 3 * s.D + u % s.heads * s.d; };
     const int64_t room = DIFFFIT_PICK(attention_backward_room)(s.T, s.d);
     if (parts == 1) {
       const auto kernel = DIFFFIT_PICK(attention_backward_head<E>);
       for_units(s.units(), 1, room, [&](int64_t u, int64_t, float* memory) {
         kernel(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3),
-               sums_of(sums.get(), 2, u), sums_of(value_dots.get(), blocks, u), memory);
+               sums_of(u), memory);
       });
       return;
     }
@@ -154,23 +150,17 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& 
     const std::unique_ptr<float[]> slices(new float[s.units() * blocks * slice]);
     for_units(s.units(), parts, room, [&](int64_t u, int64_t p, float* memory) {
       keys(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3),
-           sums_of(value_dots.get(), blocks, u), slices.get() + u * blocks * slice, blocks * p / parts,
-           blocks * (p + 1) / parts, memory);
+           sums_of(u), slices.get() + u * blocks * slice, blocks * p / parts, blocks * (p + 1) / parts, memory);
     });
     for_units(s.units(), 1, 0, [&](int64_t u, int64_t, float*) {
       queries(s.head<E>(z, vectors, u), slices.get() + u * blocks * slice, slice, blocks, pz + s.at(u, 3),
-              sums_of(sums.get(), 2, u));
+              sums_of(u));
     });
   });
   const auto sum = DIFFFIT_PICK(sum_partials);
-  const int64_t samples = s.B / s.G;
-  for (int64_t g = 0; g < s.G; ++g) {
-    for (int64_t r = 0; r < std::min<int64_t>(s.R, 2); ++r) {
-      sum(sums.get() + (g * 2 + r) * s.D, samples, 2 * s.D, totals + (g * s.R + r) * s.D, s.D);
-    }
-    if (s.R == 3) {
-      sum(value_dots.get() + g * blocks * s.D, samples * blocks, s.D, totals + (g * s.R + 2) * s.D, s.D);
-    }
+  const int64_t count = s.B / s.G * blocks;
+  for (int64_t i = 0; i < s.G * s.R; ++i) {
+    sum(sums.get() + (i / s.R * count * 3 + i % s.R) * s.D, count, 3 * s.D, totals + i * s.D, s.D);
   }
   return {dz, dvectors};
 }

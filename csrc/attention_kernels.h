@@ -64,9 +64,8 @@ DF_KERNEL void softmax_backward_rows(G* dp, const T* p, float scale, int64_t row
 
 // -- sizes and scratch memory ------------------------------------------------------------------------------------------
 constexpr int64_t kQueryRows = 48;      // rows of scores made at a time, forward
-constexpr int64_t kQueryColumns = 256;  // queries taken at a time, backward, by kKeyRows keys
+constexpr int64_t kQueryRowsBackward = 256;  // backward, against kKeyRows keys
 constexpr int64_t kScores = 48 * 1024;  // floats of scores that lie in the second-level cache, forward
-static_assert(kQueryColumns % kPanel == 0);
 
 // The distance of rows of n floats: a whole number of vectors, and an odd one of cache lines, so that the rows of a
 // column do not push each other out of the first-level cache.
@@ -106,11 +105,20 @@ struct HeadVectors {
   }
 };
 
+// The rows of z and o lie pages apart, where no hardware looks ahead.
+constexpr int64_t kAhead = 8;
+
+template <class T>
+DF_INLINE void prefetch_row(const T* x, int64_t d) {
+  for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c);
+}
+
 // -- packing -------------------------------------------------------------------------------------------------------
 // to_t = f(x_t), zero from the end of a row to the end of its last vector.
 template <class T, class F>
 DF_INLINE void pack_rows(const T* x, int64_t stride, float* to, int64_t ld, int64_t rows, int64_t d, F f) {
   for (int64_t t = 0; t < rows; ++t) {
+    prefetch_row(x + (t + kAhead) * stride, d);
     each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
       store(to + t * ld + c, keep(f(load(x + t * stride + c, lanes), c, lanes), lanes), Full{});
     });
@@ -183,6 +191,7 @@ template <class T>
 DF_KERNEL void scale_output(const float* sum, int64_t ld, const float* inverse, const float* factor, T* o,
                             int64_t stride, int64_t rows, int64_t d) {
   for (int64_t t = 0; t < rows; ++t) {
+    prefetch_row(o + (t + kAhead) * stride, d);
     each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
       store(o + t * stride + c, load(sum + t * ld + c, lanes) * inverse[t] * load(factor + c, lanes), lanes);
     });
@@ -238,6 +247,7 @@ inline int64_t attention_forward_room(int64_t tokens, int64_t d) {
 template <class T>
 DF_KERNEL void row_dots(const T* dout, const T* o, int64_t stride, float* delta, int64_t rows, int64_t d) {
   for (int64_t t = 0; t < rows; ++t) {
+    prefetch_row(o + (t + kAhead) * stride, d);
     vf sum = {};
     each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
       sum += load(dout + t * stride + c, lanes) * load(o + t * stride + c, lanes);
@@ -246,64 +256,78 @@ DF_KERNEL void row_dots(const T* dout, const T* o, int64_t stride, float* delta,
   }
 }
 
-// Scores to probabilities p = exp(s - lse), and ds = p·(dp - delta) in the place of dp. A row is a key's, a column a
-// query's.
+// Scores become probabilities p = exp(s - lse), and ds = p·(dp - delta) takes the place of dp. A row is a query's.
 DF_KERNEL void score_gradients(float* p, float* dp, int64_t ld, const float* lse, const float* delta, int64_t rows,
                                int64_t n) {
-  for (int64_t r = 0; r < rows; ++r) {
-    each(n, [&](int64_t i, auto lanes) DF_LAMBDA {
-      float *at = p + r * ld + i, *d_at = dp + r * ld + i;
-      const vf e = exp_nonpositive(load(at, Full{}) - load(lse + i, lanes));
-      store(at, e, Full{});
-      store(d_at, e * (load(d_at, Full{}) - load(delta + i, lanes)), Full{});
-    });
+  for (int64_t t = 0; t < rows; ++t) {
+    const vf lse_t = splat(lse[t]), delta_t = splat(delta[t]);
+    float *at = p + t * ld, *d_at = dp + t * ld;
+    for (int64_t i = 0; i < n; i += W) {  // up to the end of a vector, where the panels of keys and values have zeros
+      const vf e = exp_nonpositive(load(at + i, Full{}) - lse_t);
+      store(at + i, e, Full{});
+      store(d_at + i, e * (load(d_at + i, Full{}) - delta_t), Full{});
+    }
   }
 }
 
 template <class T>
 DF_KERNEL void store_rows(const float* x, int64_t ld, T* to, int64_t stride, int64_t rows, int64_t d) {
   for (int64_t t = 0; t < rows; ++t) {
+    prefetch_row(to + (t + kAhead) * stride, d);
     each(d, [&](int64_t c, auto lanes) DF_LAMBDA { store(to + t * stride + c, load(x + t * ld + c, lanes), lanes); });
   }
 }
 
-// dz_v = gamma_v·x and sum_t x·z_v, x the sums of P^T·dout.
-template <class T>
-DF_KERNEL void store_values(const float* x, const float* z, int64_t ld, const float* factor, T* to, int64_t stride,
-                            float* dots, int64_t rows, int64_t d) {
+// dz_v = gamma_v·x and dots += x·z_v, x the sums of P^T·dout.
+template <int R, class T>
+DF_INLINE void store_values_few(const float* x, const float* z, int64_t ld, const float* factor, T* to, int64_t stride,
+                                float* dots, int64_t d) {
+  for (int r = 0; r < R; ++r) prefetch_row(to + (kAhead + r) * stride, d);
   each(d, [&](int64_t c, auto lanes) DF_LAMBDA {
     const vf f = load(factor + c, lanes);
-    vf dot = {};
-    for (int64_t t = 0; t < rows; ++t) {
-      const vf v = load(x + t * ld + c, lanes);
-      dot += v * load(z + t * ld + c, lanes);
-      store(to + t * stride + c, v * f, lanes);
+    vf dot = load(dots + c, lanes);
+    for (int r = 0; r < R; ++r) {
+      const vf v = load(x + r * ld + c, lanes);
+      dot += v * load(z + r * ld + c, lanes);
+      store(to + r * stride + c, v * f, lanes);
     }
     store(dots + c, dot, lanes);
   });
 }
 
+template <class T>
+DF_KERNEL void store_values(const float* x, const float* z, int64_t ld, const float* factor, T* to, int64_t stride,
+                            float* dots, int64_t rows, int64_t d) {
+  std::memset(dots, 0, d * sizeof(float));
+  int64_t t = 0;
+  for (; t + 4 <= rows; t += 4) {
+    store_values_few<4>(x + t * ld, z + t * ld, ld, factor, to + t * stride, stride, dots, d);
+  }
+  for (; t < rows; ++t) store_values_few<1>(x + t * ld, z + t * ld, ld, factor, to + t * stride, stride, dots, d);
+}
+
 struct BackwardRoom {
   Scratch scratch;
   HeadVectors vectors;
-  float *queries, *queries_t, *outputs, *outputs_t, *delta;      // of the whole head: g·(z_q + b)·d^-1/2, dout
-  float *keys, *values, *p, *ds, *dkeys, *dvalues, *dqueries;    // of a block of keys; the last of the head
+  float *queries, *outputs, *delta, *dqueries;     // of the head: g·(z_q + b)·d^-1/2, dout, and dS·z_k
+  float *keys, *values, *keys_t, *values_t;        // of a block of keys; values_t with gamma_v
+  float *dkeys, *dvalues, *p, *ds;                 // the last two of some queries and a block of keys
 
   BackwardRoom(float* base, int64_t tokens, int64_t d)
       : scratch{base},
         vectors(scratch, d),
         queries(scratch.take(tokens * row_length(d))),
-        queries_t(scratch.take(panels_size(tokens, d))),
         outputs(scratch.take(tokens * row_length(d))),
-        outputs_t(scratch.take(panels_size(tokens, d))),
         delta(scratch.take(tokens)),
+        dqueries(scratch.take(tokens * row_length(d))),
         keys(scratch.take(kKeyRows * row_length(d))),
         values(scratch.take(kKeyRows * row_length(d))),
-        p(scratch.take(kKeyRows * row_length(tokens < kQueryColumns ? tokens : kQueryColumns))),
-        ds(scratch.take(kKeyRows * row_length(tokens < kQueryColumns ? tokens : kQueryColumns))),
+        keys_t(scratch.take(panels_size(kKeyRows, d))),
+        values_t(scratch.take(panels_size(kKeyRows, d))),
         dkeys(scratch.take(kKeyRows * row_length(d))),
         dvalues(scratch.take(kKeyRows * row_length(d))),
-        dqueries(scratch.take(tokens * row_length(d))) {}
+        p(scratch.take(kQueryRowsBackward * row_length(kKeyRows))),
+        ds(scratch.take(kQueryRowsBackward * row_length(kKeyRows))) {}
 };
 
 inline int64_t attention_backward_room(int64_t tokens, int64_t d) {
@@ -313,78 +337,104 @@ inline int64_t attention_backward_room(int64_t tokens, int64_t d) {
 // The floats of a head's gradient of the queries: what one block of keys adds to it, where that is kept apart.
 inline int64_t attention_slice(int64_t tokens, int64_t d) { return tokens * row_length(d); }
 
-// Blocks of keys of one head, from the first to before the last: gradients of keys and values into dz, of value_factor
-// into value_dots (d floats for each block, D apart), and what each block adds to dS·z_k, `slice` floats apart: added
-// up where slice is 0.
+// Blocks of keys of one head, from the first to before the last: gradients of keys and values into dz, the sums of
+// (P^T·dout)·z_v of each block (3·D apart), and what each block adds to dS·z_k, `slice` floats apart: added up where
+// slice is 0.
 template <class T>
-DF_INLINE void backward_keys(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz, float* value_dots,
+DF_INLINE void backward_keys(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz, float* sums,
                              float* dqueries, int64_t slice, int64_t first, int64_t last, BackwardRoom& room) {
-  const int64_t n = h.tokens, d = h.d, stride = 3 * h.D, ld = row_length(d);
-  const int64_t wide = row_length(n < kQueryColumns ? n : kQueryColumns);
+  const int64_t n = h.tokens, d = h.d, stride = 3 * h.D, ld = row_length(d), wide = row_length(kKeyRows);
   room.vectors.fill(h);
   pack_queries(h.z, stride, room.vectors.bias, room.vectors.query, room.queries, ld, n, d);
-  pack_transposed(room.queries, ld, nullptr, room.queries_t, n, d);
   pack_plain(dout, h.D, room.outputs, ld, n, d);
-  pack_transposed(room.outputs, ld, room.vectors.value, room.outputs_t, n, d);
   row_dots(dout, o, h.D, room.delta, n, d);
   for (int64_t block = first; block < last; ++block) {
     const int64_t key = block * kKeyRows, rows = n - key < kKeyRows ? n - key : kKeyRows;
     pack_plain(h.z + h.D + key * stride, stride, room.keys, ld, rows, d);
     pack_plain(h.z + 2 * h.D + key * stride, stride, room.values, ld, rows, d);
-    for (int64_t t = 0; t < n; t += kQueryColumns) {
-      const int64_t some = n - t < kQueryColumns ? n - t : kQueryColumns;
-      multiply({room.keys, ld, 1}, {room.queries_t + t * d, kPanel, kPanel * d}, room.p, wide, rows, some, d, false);
-      multiply({room.values, ld, 1}, {room.outputs_t + t * d, kPanel, kPanel * d}, room.ds, wide, rows, some, d, false);
-      score_gradients(room.p, room.ds, wide, lse + t, room.delta + t, rows, some);
-      multiply({room.p, wide, 1}, {room.outputs + t * ld, ld, kPanel}, room.dvalues, ld, rows, d, some, t > 0);
-      multiply({room.ds, wide, 1}, {room.queries + t * ld, ld, kPanel}, room.dkeys, ld, rows, d, some, t > 0);
-      multiply({room.ds, 1, wide}, {room.keys, ld, kPanel}, dqueries + block * slice + t * ld, ld, some, d, rows,
+    pack_transposed(room.keys, ld, nullptr, room.keys_t, rows, d);
+    pack_transposed(room.values, ld, room.vectors.value, room.values_t, rows, d);
+    for (int64_t t = 0; t < n; t += kQueryRowsBackward) {
+      const int64_t some = n - t < kQueryRowsBackward ? n - t : kQueryRowsBackward;
+      const float *queries = room.queries + t * ld, *outputs = room.outputs + t * ld;
+      for (int64_t i = 0; i < some; i += kQueryRows) {
+        const int64_t few = some - i < kQueryRows ? some - i : kQueryRows;
+        float *p = room.p + i * wide, *ds = room.ds + i * wide;
+        multiply({queries + i * ld, ld, 1}, {room.keys_t, kPanel, kPanel * d}, p, wide, few, rows, d, false);
+        multiply({outputs + i * ld, ld, 1}, {room.values_t, kPanel, kPanel * d}, ds, wide, few, rows, d, false);
+        score_gradients(p, ds, wide, lse + t + i, room.delta + t + i, few, rows);
+      }
+      multiply({room.p, 1, wide}, {outputs, ld, kPanel}, room.dvalues, ld, rows, d, some, t > 0);
+      multiply({room.ds, 1, wide}, {queries, ld, kPanel}, room.dkeys, ld, rows, d, some, t > 0);
+      multiply({room.ds, wide, 1}, {room.keys, ld, kPanel}, dqueries + block * slice + t * ld, ld, some, d, rows,
                slice == 0 && block > 0);
     }
     store_rows(room.dkeys, ld, dz + h.D + key * stride, stride, rows, d);
     store_values(room.dvalues, room.values, ld, room.vectors.value, dz + 2 * h.D + key * stride, stride,
-                 value_dots + block * h.D, rows, d);
+                 sums + (block * 3 + 2) * h.D, rows, d);
   }
 }
 
-// The gradient of the queries from the sum of the slices, a = d^-1/2·dS·z_k: dz_q = g·a, and its sums dz_q and
-// a·(z_q + b), D floats apart.
-template <class T>
-DF_KERNEL void attention_backward_queries(const Head<T>& h, const float* dqueries, int64_t slice, int64_t slices, T* dz,
-                                          float* sums) {
+// The gradient of the queries from the sum of the slices, a = d^-1/2·dS·z_k: dz_q = g·a, and of each kKeyRows queries
+// the sums of dz_q and, D floats further, of a·(z_q + b). The sums of the next are 3·D further.
+template <int R, class T>
+DF_INLINE void store_queries_few(const Head<T>& h, const float* x, int64_t slice, int64_t slices, const T* z, T* dz,
+                                 float* sums) {
   const int64_t stride = 3 * h.D, ld = row_length(h.d);
+  for (int r = 0; r < R; ++r) {
+    prefetch_row(z + (kAhead + r) * stride, h.d);
+    prefetch_row(dz + (kAhead + r) * stride, h.d);
+  }
   each(h.d, [&](int64_t c, auto lanes) DF_LAMBDA {
     const vf bias = load(h.bias + c, lanes), factor = h.factor ? load(h.factor + c, lanes) : splat(1.0f);
-    vf sum = {}, dot = {};
-    for (int64_t t = 0; t < h.tokens; ++t) {
-      vf a = load(dqueries + t * ld + c, lanes);
-      for (int64_t k = 1; k < slices; ++k) a += load(dqueries + k * slice + t * ld + c, lanes);
+    vf sum = load(sums + c, lanes), dot = load(sums + h.D + c, lanes);
+    for (int r = 0; r < R; ++r) {
+      vf a = load(x + r * ld + c, lanes);
+      for (int64_t k = 1; k < slices; ++k) a += load(x + k * slice + r * ld + c, lanes);
       a *= h.scale;
-      sum += a * factor;
-      dot += a * (load(h.z + t * stride + c, lanes) + bias);
-      store(dz + t * stride + c, a * factor, lanes);
+      dot += a * (load(z + r * stride + c, lanes) + bias);
+      a *= factor;
+      sum += a;
+      store(dz + r * stride + c, a, lanes);
     }
     store(sums + c, sum, lanes);
     store(sums + h.D + c, dot, lanes);
   });
 }
 
+template <class T>
+DF_KERNEL void attention_backward_queries(const Head<T>& h, const float* x, int64_t slice, int64_t slices, T* dz,
+                                          float* sums) {
+  const int64_t stride = 3 * h.D, ld = row_length(h.d);
+  for (int64_t t = 0; t < h.tokens; sums += 3 * h.D) {
+    std::memset(sums, 0, h.d * sizeof(float));
+    std::memset(sums + h.D, 0, h.d * sizeof(float));
+    const int64_t end = h.tokens - t < kKeyRows ? h.tokens : t + kKeyRows;
+    for (; t + 4 <= end; t += 4) {
+      store_queries_few<4>(h, x + t * ld, slice, slices, h.z + t * stride, dz + t * stride, sums);
+    }
+    for (; t < end; ++t) {
+      store_queries_few<1>(h, x + t * ld, slice, slices, h.z + t * stride, dz + t * stride, sums);
+    }
+  }
+}
+
 // A whole head.
 template <class T>
-DF_KERNEL void attention_backward_head(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz,
-                                       float* sums, float* value_dots, float* memory) {
+DF_KERNEL void attention_backward_head(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz, float* sums,
+                                       float* memory) {
   BackwardRoom room(memory, h.tokens, h.d);
   const int64_t blocks = (h.tokens + kKeyRows - 1) / kKeyRows;
-  backward_keys(h, dout, o, lse, dz, value_dots, room.dqueries, 0, 0, blocks, room);
+  backward_keys(h, dout, o, lse, dz, sums, room.dqueries, 0, 0, blocks, room);
   attention_backward_queries(h, room.dqueries, 0, 1, dz, sums);
 }
 
 // Some blocks of keys of a head, each with a slice of its own.
 template <class T>
 DF_KERNEL void attention_backward_keys(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz,
-                                       float* value_dots, float* dqueries, int64_t first, int64_t last, float* memory) {
+                                       float* sums, float* dqueries, int64_t first, int64_t last, float* memory) {
   BackwardRoom room(memory, h.tokens, h.d);
-  backward_keys(h, dout, o, lse, dz, value_dots, dqueries, attention_slice(h.tokens, h.d), first, last, room);
+  backward_keys(h, dout, o, lse, dz, sums, dqueries, attention_slice(h.tokens, h.d), first, last, room);
 }
 
 }  // namespace difffit::DF_ISA
