@@ -28,6 +28,15 @@ class Plan(NamedTuple):
     programs: int  # programs wanted: about what the device keeps resident, so that one wave does most shapes
 
 
+class AttentionPlan(NamedTuple):
+    """How one launch of an attention kernel is cut."""
+
+    rows: int  # rows of the block that a program owns
+    cols: int  # rows of a block that it walks over
+    warps: int
+    stages: int  # blocks on their way or in use at once
+
+
 # Architectures, and the multiprocessors of the device each is tuned for: A100, H100/H200, B200, RTX 5090. Triton's
 # interpreter on the CPU, where every call costs and no element does, counts as one more.
 INTERPRETER = 0
@@ -78,6 +87,20 @@ _MODULATION = {INTERPRETER: (8, 512, 4), 80: (8, 128, 4), 90: (8, 128, 4), 100: 
 _FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 120: (4096, 4)}
 
 
+# Attention kernels, each for heads of up to so many channels: rows of a program's own block, rows of a block that streams
+# past it, warps, stages of the pipeline that loads those.
+_ATTENTION = {
+    #                  forward           dq                dkdv
+    # sm   d ≤
+    (INTERPRETER, 128): ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
+    (80, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
+    (90, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
+    (100, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
+    (120, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
+}
+_ATTENTION_KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
+
+
 def vector(*tensors: torch.Tensor) -> int:
     """Elements per thread and access: 16 bytes of the widest type among ``tensors``."""
     return 16 // max(tensor.element_size() for tensor in tensors)
@@ -112,6 +135,16 @@ def flat_plan(arch: int) -> Plan:
     """Plan of an element-wise kernel on ``arch``."""
     cols, warps = _FLAT[arch]
     return Plan(1, cols, 1, warps, 0)
+
+
+@cache
+def attention_plan(kernel: str, arch: int, head_dim: int, T: int) -> AttentionPlan:
+    """Plan of the attention kernel ``kernel`` for T tokens and heads of ``head_dim`` channels on ``arch``."""
+    limit = min(channels for sm, channels in _ATTENTION if sm == arch and channels >= head_dim)
+    plan = AttentionPlan(*_ATTENTION[arch, limit][_ATTENTION_KERNELS.index(kernel)])
+    if plan.rows == 128 and T <= 64:  # half of every block would be empty
+        plan = plan._replace(rows=64, warps=plan.warps // 2)
+    return plan
 
 
 def chunks_of(rows: int, plan: Plan, copies: int) -> tuple[int, int]:

@@ -1,0 +1,588 @@
+"""attention over short sequences, on the bare product of qkv: no bias pass, no γ pass, no copies of q, k and v, no atomics.
+
+With z [B, T, 3, H, d] the product without any bias, b the query bias, g = γ_q·γ_k on the channels of the scores, and γ_v:
+
+    S = d^-½·Σ_c g_c (z_q + b)_c z_k,c,   P = softmax(S),   o = γ_v·(P z_v),   lse = ln Σ exp(S)
+
+    A = d^-½·dS z_k,      dz_q = g·A
+    K = d^-½·dSᵀ(z_q + b), dz_k = g·K
+    V = Pᵀ do,            dz_v = γ_v·V,      where dS = P·(do·(γ_v z_v)ᵀ − δ), δ = Σ_c do·o
+
+    db = Σ dz_q,   dg = Σ A·(z_q + b),   dγ_v = Σ V·z_v      (over tokens; over samples too where all share one set)
+
+Nothing is divided by γ. A key bias has no gradient and the value bias is carried behind the attention, so b is the only one.
+
+Where the vectors are applied: to the tile that a program keeps, never to the ones that stream past it. The programs that
+own queries add b to theirs. Those that own keys see the bare z_q: S = (g z_k)·z_q + c with c = (g z_k)·b, one number per key,
+and K = dSᵀz_q + (Σ dS) b.
+
+Triton's tiles are powers of two: a head of 72 channels is two tiles, 64 + 16, the second half masked (:func:`head_tiles`).
+
+Bytes, in bfloat16, from memory: forward 8·B·T·D (reads z, writes o); backward 24·B·T·D (do and o once, do and z twice,
+writes dz), of which the second reading of do and z is mostly from L2. The rest (lse, δ, sums) is below 3 % of that.
+
+Who owns what, in three launches and ``sums.finish``:
+
+- forward: a program owns a block of queries of one head and walks over the keys; o and lse are its own.
+- dq: the same; it computes δ from its do and o, stores it for the next, and owns dz_q and the sums Σ dz_q and Σ A·(z_q + b).
+- dkdv: a program owns a block of keys and walks over the queries, scores transposed; dz_k, dz_v and Σ V·z_v are its own.
+
+For a library's attention, which wants q, k, v made and dq, dk, dv taken apart, :func:`scale_qkv` (12·B·T·D) and
+:func:`pack_dqkv` (16·B·T·D, or 12 without gains) do what the kernels above do on the way: tile kernels, see ``config``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import AttentionPlan, architecture, attention_plan, chunks_of, launch, tile_plan, vector
+from .sums import finish
+from .tiles import _CUTS_OFF, load_stack, narrow, store_stack
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# -- heads: one or two tiles of columns ------------------------------------------------------------------------------
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a·b in float32. Triton's interpreter would multiply the bits of bfloat16; there the operands are widened."""
+    if _CUTS_OFF:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _load_head(ptr, rows, count, STRIDE: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of a head in tiles [rows, width], in their own type; zero beyond HD and, unless EVEN, from row ``count`` on."""
+    tiles = ()
+    for p in tl.static_range(len(WIDTHS)):
+        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+        at = rows[:, None] * STRIDE + cols[None, :]
+        if EVEN and p * WIDTHS[0] + WIDTHS[p] <= HD:
+            tile = tl.load(ptr + at)
+        elif EVEN:
+            tile = tl.load(ptr + at, mask=(cols < HD)[None, :], other=0.0)
+        else:
+            tile = tl.load(ptr + at, mask=(rows < count)[:, None] & (cols < HD)[None, :], other=0.0)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _store_head(ptr, tiles, rows, count, STRIDE: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr):
+    """Store what :func:`_load_head` loads, in the type of ``ptr``."""
+    for p in tl.static_range(len(WIDTHS)):
+        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+        at = rows[:, None] * STRIDE + cols[None, :]
+        mask = (rows < count)[:, None] & (cols < HD)[None, :]
+        tl.store(ptr + at, narrow(tiles[p], ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_vector(ptr, HD: tl.constexpr, WIDTHS: tl.constexpr):
+    """A float32 vector of a head in tiles [1, width], zero beyond HD."""
+    tiles = ()
+    for p in tl.static_range(len(WIDTHS)):
+        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+        tiles = tiles + (tl.load(ptr + cols, mask=cols < HD, other=0.0)[None, :],)
+    return tiles
+
+
+@triton.jit
+def _store_sum(
+    ptr, tiles, chunk, chunks, D: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, SHARE: tl.constexpr
+):  # fmt: skip
+    """Sum the rows of tiles [rows, width] into row ``chunk`` of partial sums D apart, and zeros into the next SHARE − 1."""
+    for p in tl.static_range(len(WIDTHS)):
+        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+        tl.store(ptr + cols, tl.sum(tiles[p], axis=0), mask=cols < HD)
+        for i in tl.static_range(1, SHARE):
+            tl.store(ptr + i * D + cols, tl.zeros_like(cols).to(tl.float32), mask=(cols < HD) & (chunk + i < chunks))
+
+
+@triton.jit
+def _zero_head(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    tiles = ()
+    for p in tl.static_range(len(WIDTHS)):
+        tiles = tiles + (tl.zeros([ROWS, WIDTHS[p]], dtype=tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _add(tiles, vectors, WIDTHS: tl.constexpr):
+    """tiles + vectors in float32."""
+    out = ()
+    for p in tl.static_range(len(WIDTHS)):
+        out = out + (tiles[p].to(tl.float32) + vectors[p],)
+    return out
+
+
+@triton.jit
+def _multiply(tiles, factors, WIDTHS: tl.constexpr):
+    """tiles·factors in float32."""
+    out = ()
+    for p in tl.static_range(len(WIDTHS)):
+        out = out + (tiles[p].to(tl.float32) * factors[p],)
+    return out
+
+
+@triton.jit
+def _scale(tiles, factor, WIDTHS: tl.constexpr):
+    """tiles·factor, a number or one per row: [rows, 1]."""
+    out = ()
+    for p in tl.static_range(len(WIDTHS)):
+        out = out + (tiles[p] * factor,)
+    return out
+
+
+@triton.jit
+def _narrow(tiles, dtype: tl.constexpr, WIDTHS: tl.constexpr):
+    out = ()
+    for p in tl.static_range(len(WIDTHS)):
+        out = out + (narrow(tiles[p], dtype),)
+    return out
+
+
+@triton.jit
+def _row_sums(left, right, WIDTHS: tl.constexpr):
+    """Σ_c left·right in float32: [rows]."""
+    acc = tl.sum(left[0].to(tl.float32) * right[0], axis=1)
+    for p in tl.static_range(1, len(WIDTHS)):
+        acc += tl.sum(left[p].to(tl.float32) * right[p], axis=1)
+    return acc
+
+
+@triton.jit
+def _scores(kept, streamed, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTHS: tl.constexpr):
+    """kept·streamedᵀ: float32 [ROWS, COLS]."""
+    acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for p in tl.static_range(len(WIDTHS)):
+        acc = _dot(kept[p], tl.trans(streamed[p]), acc)
+    return acc
+
+
+@triton.jit
+def _gather(acc, weights, streamed, WIDTHS: tl.constexpr):
+    """acc + weights·streamed, tile by tile."""
+    out = ()
+    for p in tl.static_range(len(WIDTHS)):
+        out = out + (_dot(weights, streamed[p], acc[p]),)
+    return out
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["T", "vector_stride"])
+def _attention_forward_kernel(
+    z_ptr, vectors_ptr, o_ptr, lse_ptr, scale, T, vector_stride,
+    H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = H * HD
+    blocks = tl.cdiv(T, BM)
+    row = (tl.program_id(0) % blocks) * BM
+    head = tl.program_id(0) // blocks
+    sample = (head // H).to(tl.int64)
+    channel = (head % H) * HD
+    z_ptr += sample * T * (3 * D) + channel
+    vectors_ptr += sample * vector_stride + channel
+    rows = row + tl.arange(0, BM)
+    q = _add(_load_head(z_ptr, rows, T, 3 * D, HD, WIDTHS, EVEN_M), _load_vector(vectors_ptr, HD, WIDTHS), WIDTHS)
+    if GAINS:
+        q = _multiply(q, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
+    q = _narrow(q, z_ptr.dtype.element_ty, WIDTHS)
+    scale2 = scale * LOG2E
+    top = tl.full([BM], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BM], dtype=tl.float32)
+    o = _zero_head(BM, WIDTHS)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        keys = step * BN + tl.arange(0, BN)
+        k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
+        s = _scores(q, k, BM, BN, WIDTHS)
+        if not EVEN_N:
+            s = tl.where((keys < T)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1))
+        p = tl.exp2(s * scale2 - (new_top * scale2)[:, None])
+        fade = tl.exp2((top - new_top) * scale2)
+        total = total * fade + tl.sum(p, axis=1)
+        top = new_top
+        v = _load_head(z_ptr + 2 * D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
+        o = _gather(_scale(o, fade[:, None], WIDTHS), narrow(p, z_ptr.dtype.element_ty), v, WIDTHS)
+    o = _scale(o, (1.0 / total)[:, None], WIDTHS)
+    if GAINS:
+        o = _multiply(o, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS)
+    _store_head(o_ptr + sample * T * D + channel, o, rows, T, D, HD, WIDTHS)
+    tl.store(lse_ptr + head.to(tl.int64) * T + rows, top * scale + tl.log2(total) * LN2, mask=rows < T)
+
+
+@triton.jit(do_not_specialize=["T", "vector_stride", "chunks"])
+def _attention_dq_kernel(
+    do_ptr, z_ptr, vectors_ptr, o_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, vector_stride, chunks,
+    H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, SHARE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = H * HD
+    R: tl.constexpr = 3 if GAINS else 1
+    blocks = tl.cdiv(T, BM)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks
+    sample = (head // H).to(tl.int64)
+    channel = (head % H) * HD
+    z_ptr += sample * T * (3 * D) + channel
+    dz_ptr += sample * T * (3 * D) + channel
+    do_ptr += sample * T * D + channel
+    o_ptr += sample * T * D + channel
+    lse_ptr += head.to(tl.int64) * T
+    delta_ptr += head.to(tl.int64) * T
+    vectors_ptr += sample * vector_stride + channel
+    rows = block * BM + tl.arange(0, BM)
+    do = _load_head(do_ptr, rows, T, D, HD, WIDTHS, EVEN_M)
+    delta = _row_sums(do, _load_head(o_ptr, rows, T, D, HD, WIDTHS, EVEN_M), WIDTHS)
+    tl.store(delta_ptr + rows, delta, mask=rows < T)
+    lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E  # beyond T every P is exp2(−∞) = 0
+    q = _add(_load_head(z_ptr, rows, T, 3 * D, HD, WIDTHS, EVEN_M), _load_vector(vectors_ptr, HD, WIDTHS), WIDTHS)
+    if GAINS:
+        q = _multiply(q, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
+        do = _narrow(
+            _multiply(do, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS), z_ptr.dtype.element_ty, WIDTHS
+        )
+    q = _narrow(q, z_ptr.dtype.element_ty, WIDTHS)
+    scale2 = scale * LOG2E
+    a = _zero_head(BM, WIDTHS)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        keys = step * BN + tl.arange(0, BN)
+        k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
+        v = _load_head(z_ptr + 2 * D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
+        s = _scores(q, k, BM, BN, WIDTHS)
+        dp = _scores(do, v, BM, BN, WIDTHS)
+        if not EVEN_N:
+            s = tl.where((keys < T)[None, :], s, float("-inf"))
+        p = tl.exp2(s * scale2 - lse2[:, None])
+        ds = narrow(p * (dp - delta[:, None]), z_ptr.dtype.element_ty)
+        a = _gather(a, ds, k, WIDTHS)
+    a = _scale(a, scale, WIDTHS)
+    chunk = block * SHARE
+    part_ptr += (sample * chunks + chunk) * (R * D) + channel
+    if GAINS:
+        # read once more (from L2): kept through the loop it would cost the registers of another accumulator
+        q = _add(_load_head(z_ptr, rows, T, 3 * D, HD, WIDTHS, EVEN_M), _load_vector(vectors_ptr, HD, WIDTHS), WIDTHS)
+        _store_sum(part_ptr + D, _multiply(a, q, WIDTHS), chunk, chunks, R * D, HD, WIDTHS, SHARE)
+        a = _multiply(a, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
+    _store_sum(part_ptr, a, chunk, chunks, R * D, HD, WIDTHS, SHARE)
+    _store_head(dz_ptr, a, rows, T, 3 * D, HD, WIDTHS)
+
+
+@triton.jit(do_not_specialize=["T", "vector_stride", "chunks"])
+def _attention_dkdv_kernel(
+    do_ptr, z_ptr, vectors_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, vector_stride, chunks,
+    H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, SHARE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = H * HD
+    blocks = tl.cdiv(T, BM)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks
+    sample = (head // H).to(tl.int64)
+    channel = (head % H) * HD
+    z_ptr += sample * T * (3 * D) + channel
+    dz_ptr += sample * T * (3 * D) + channel
+    do_ptr += sample * T * D + channel
+    lse_ptr += head.to(tl.int64) * T
+    delta_ptr += head.to(tl.int64) * T
+    vectors_ptr += sample * vector_stride + channel
+    rows = block * BM + tl.arange(0, BM)
+    scale2 = scale * LOG2E
+    k = _load_head(z_ptr + D, rows, T, 3 * D, HD, WIDTHS, EVEN_M)
+    v = _load_head(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, EVEN_M)
+    bias = _load_vector(vectors_ptr, HD, WIDTHS)
+    if GAINS:
+        gain = _load_vector(vectors_ptr + D, HD, WIDTHS)
+        c = _row_sums(k, _multiply(bias, gain, WIDTHS), WIDTHS)
+        k = _narrow(_multiply(k, gain, WIDTHS), z_ptr.dtype.element_ty, WIDTHS)
+        v = _narrow(
+            _multiply(v, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS), z_ptr.dtype.element_ty, WIDTHS
+        )
+    else:
+        c = _row_sums(k, bias, WIDTHS)
+    c *= scale2
+    if not EVEN_M:
+        c = tl.where(rows < T, c, float("-inf"))  # keys beyond T: P = 0, where exp2(0 − lse) might be ∞
+    dk = _zero_head(BM, WIDTHS)
+    dv = _zero_head(BM, WIDTHS)
+    ds_sum = tl.zeros([BM], dtype=tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        queries = step * BN + tl.arange(0, BN)
+        q = _load_head(z_ptr, queries, T, 3 * D, HD, WIDTHS, EVEN_N)
+        do = _load_head(do_ptr, queries, T, D, HD, WIDTHS, EVEN_N)
+        if EVEN_N:
+            lse = tl.load(lse_ptr + queries)
+            delta = tl.load(delta_ptr + queries)
+        else:
+            lse = tl.load(lse_ptr + queries, mask=queries < T, other=float("inf"))
+            delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
+        s = _scores(k, q, BM, BN, WIDTHS)
+        dp = _scores(v, do, BM, BN, WIDTHS)
+        p = tl.exp2(s * scale2 + (c[:, None] - (lse * LOG2E)[None, :]))
+        dv = _gather(dv, narrow(p, z_ptr.dtype.element_ty), do, WIDTHS)
+        ds = p * (dp - delta[None, :])
+        ds_sum += tl.sum(ds, axis=1)
+        dk = _gather(dk, narrow(ds, z_ptr.dtype.element_ty), q, WIDTHS)
+    bias = _load_vector(vectors_ptr, HD, WIDTHS)
+    tiles = ()
+    for p in tl.static_range(len(WIDTHS)):
+        tiles = tiles + ((dk[p] + ds_sum[:, None] * bias[p]) * scale,)
+    dk = tiles
+    if GAINS:
+        chunk = block * SHARE
+        part_ptr += (sample * chunks + chunk) * (3 * D) + 2 * D + channel
+        v = _load_head(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, EVEN_M)  # the bare z_v, once more
+        _store_sum(part_ptr, _multiply(v, dv, WIDTHS), chunk, chunks, 3 * D, HD, WIDTHS, SHARE)
+        dk = _multiply(dk, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
+        dv = _multiply(dv, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS)
+    _store_head(dz_ptr + D, dk, rows, T, 3 * D, HD, WIDTHS)
+    _store_head(dz_ptr + 2 * D, dv, rows, T, 3 * D, HD, WIDTHS)
+
+
+# -- for a library's attention ---------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["M", "chunk_rows", "chunks"])
+def _scale_qkv_kernel(
+    z_ptr, vectors_ptr, qkv_ptr, M, chunk_rows, chunks,
+    D: tl.constexpr, GAINS: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    R: tl.constexpr = 3 if GAINS else 1
+    N: tl.constexpr = 3 * D
+    blocks: tl.constexpr = (N + COLS - 1) // COLS
+    cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
+    chunk = tl.program_id(0) // blocks
+    group = (chunk // chunks).to(tl.int64)
+    first = (chunk % chunks).to(tl.int64) * chunk_rows
+    count = tl.minimum(M - first, chunk_rows).to(tl.int32)
+    inside = cols < N
+    vectors_ptr += group * (R * D)
+    bias = tl.load(vectors_ptr + cols, mask=cols < D, other=0.0)
+    if GAINS:  # g for the queries, 1 for the keys, γ_v for the values
+        gain = tl.load(vectors_ptr + D + cols, mask=cols < D, other=1.0)
+        gain *= tl.load(vectors_ptr + cols, mask=inside & (cols >= 2 * D), other=1.0)
+    z_ptr += (group * M + first) * N
+    qkv_ptr += (group * M + first) * N
+    start = 0
+    while start < count:
+        z = load_stack(z_ptr, start, count, cols, inside, N, SUB, COUNT)
+        qkv = ()
+        for i in tl.static_range(COUNT):
+            value = z[i] + bias[None, :]
+            if GAINS:
+                value *= gain[None, :]
+            qkv = qkv + (value,)
+        store_stack(qkv_ptr, qkv, start, count, cols, inside, N, SUB, COUNT)
+        start += SUB * COUNT
+
+
+@triton.jit
+def _pack_third(
+    d_ptr, z_ptr, vectors_ptr, dz_ptr, part_ptr, count, cols,
+    THIRD: tl.constexpr, D: tl.constexpr, GAINS: tl.constexpr,
+    SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One of q, k, v (0, 1, 2): a chunk of rows × COLS columns of it, and its sums."""
+    SCALED: tl.constexpr = GAINS and THIRD != 1
+    inside = cols < D
+    z_ptr += THIRD * D
+    dz_ptr += THIRD * D
+    if SCALED:
+        gain = tl.load(vectors_ptr + (1 + THIRD // 2) * D + cols, mask=inside, other=0.0)
+        product = tl.zeros([SUB, COLS], dtype=tl.float32)
+        if THIRD == 0:
+            bias = tl.load(vectors_ptr + cols, mask=inside, other=0.0)
+    if THIRD == 0:
+        grad = tl.zeros([SUB, COLS], dtype=tl.float32)
+    start = 0
+    while start < count:
+        d = load_stack(d_ptr, start, count, cols, inside, D, SUB, COUNT)
+        if SCALED:
+            z = load_stack(z_ptr, start, count, cols, inside, 3 * D, SUB, COUNT)
+        dz = ()
+        for i in tl.static_range(COUNT):
+            value = d[i]
+            if SCALED:
+                if THIRD == 0:
+                    product += value * (z[i] + bias[None, :])
+                else:
+                    product += value * z[i]
+                value *= gain[None, :]
+            if THIRD == 0:
+                grad += value
+            dz = dz + (value,)
+        store_stack(dz_ptr, dz, start, count, cols, inside, 3 * D, SUB, COUNT)
+        start += SUB * COUNT
+    if THIRD == 0:
+        tl.store(part_ptr + cols, tl.sum(grad, axis=0), mask=inside)
+    if SCALED:
+        tl.store(part_ptr + (1 + THIRD // 2) * D + cols, tl.sum(product, axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "chunk_rows", "chunks"])
+def _pack_dqkv_kernel(
+    dq_ptr, dk_ptr, dv_ptr, z_ptr, vectors_ptr, dz_ptr, part_ptr, M, chunk_rows, chunks,
+    D: tl.constexpr, GAINS: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    R: tl.constexpr = 3 if GAINS else 1
+    blocks: tl.constexpr = (D + COLS - 1) // COLS
+    cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
+    third = (tl.program_id(0) // blocks) % 3
+    chunk = tl.program_id(0) // (3 * blocks)
+    group = (chunk // chunks).to(tl.int64)
+    first = (chunk % chunks).to(tl.int64) * chunk_rows
+    count = tl.minimum(M - first, chunk_rows).to(tl.int32)
+    token = group * M + first
+    z_ptr += token * (3 * D)
+    dz_ptr += token * (3 * D)
+    vectors_ptr += group * (R * D)
+    part_ptr += chunk.to(tl.int64) * (R * D)
+    if third == 0:
+        d_ptr = dq_ptr + token * D
+        _pack_third(d_ptr, z_ptr, vectors_ptr, dz_ptr, part_ptr, count, cols, 0, D, GAINS, SUB, COUNT, COLS)
+    elif third == 1:
+        d_ptr = dk_ptr + token * D
+        _pack_third(d_ptr, z_ptr, vectors_ptr, dz_ptr, part_ptr, count, cols, 1, D, GAINS, SUB, COUNT, COLS)
+    else:
+        d_ptr = dv_ptr + token * D
+        _pack_third(d_ptr, z_ptr, vectors_ptr, dz_ptr, part_ptr, count, cols, 2, D, GAINS, SUB, COUNT, COLS)
+
+
+# -- launchers -------------------------------------------------------------------------------------------------------
+def supports(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether a device should be given heads of ``head_dim`` channels of ``dtype``.
+
+    The kernels are right for every head size up to 128 and for float32 too; but accesses are 16 bytes wide, and products
+    on tensor cores, only where this says so.
+    """
+    return head_dim % 8 == 0 and 16 <= head_dim <= 128 and dtype in (torch.bfloat16, torch.float16)
+
+
+def head_tiles(head_dim: int) -> tuple[int, ...]:
+    """Widths of the tiles of a head, powers of two of at least 16 columns: 64 is (64,), 72 is (64, 16), 96 is (64, 32)."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - first
+    return (first,) if rest <= 0 else (first, max(16, 1 << (rest - 1).bit_length()))
+
+
+def _constants(T: int, H: int, HD: int, R: int, plan: AttentionPlan) -> dict[str, object]:
+    return dict(
+        H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3,
+        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols), EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
+        STAGES=plan.stages, num_warps=plan.warps,
+    )  # fmt: skip
+
+
+def attention_forward(z: torch.Tensor, vectors: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the bare product of qkv.
+
+    Args: z [B, T, 3D] without bias; vectors float32 [G, R, D], one set for all samples (G = 1) or one each (G = B): the query
+        bias, and with R = 3 the factor g = γ_q·γ_k on the scores' channels and γ_v on the values; R = 1 is all ones.
+    Returns: o [B, T, D] in the type of z; lse float32 [B, H, T], natural logarithms.
+    """
+    B, T, N = z.shape
+    D, (G, R, _) = N // 3, vectors.shape
+    HD = D // num_heads
+    o = torch.empty((B, T, D), dtype=z.dtype, device=z.device)
+    lse = torch.empty((B, num_heads, T), dtype=torch.float32, device=z.device)
+    if z.numel() == 0:
+        return o, lse
+    plan = attention_plan("attention_forward", architecture(z.device), HD, T)
+    launch(
+        _attention_forward_kernel, B * num_heads * -(-T // plan.rows), z.device, z, vectors, o, lse, HD**-0.5,
+        T, R * D if G > 1 else 0,
+        **_constants(T, num_heads, HD, R, plan),
+    )  # fmt: skip
+    return o, lse
+
+
+def attention_backward(
+    do: torch.Tensor, z: torch.Tensor, vectors: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`attention_forward`.
+
+    Args: do [B, T, D] contiguous; z, vectors as the forward took them, o and lse as it gave them.
+    Returns: dz [B, T, 3D] in the type of z; dvectors float32 [G, R, D], the gradients of ``vectors``.
+    """
+    B, T, N = z.shape
+    D, (G, R, _) = N // 3, vectors.shape
+    HD = D // num_heads
+    dz = torch.empty_like(z)
+    if z.numel() == 0:
+        return dz, torch.zeros_like(vectors)
+    arch = architecture(z.device)
+    queries = attention_plan("attention_dq", arch, HD, T)
+    keys = attention_plan("attention_dkdv", arch, HD, T)
+    unit = min(queries.rows, keys.rows)  # tokens of one row of partial sums
+    chunks = -(-T // unit)
+    delta = torch.empty_like(lse)
+    part = torch.empty((G, B // G * chunks, R * D), dtype=torch.float32, device=z.device)
+    scale, stride = HD**-0.5, R * D if G > 1 else 0
+    launch(
+        _attention_dq_kernel, B * num_heads * -(-T // queries.rows), z.device, do, z, vectors, o, lse, delta, dz, part, scale,
+        T, stride, chunks,
+        SHARE=queries.rows // unit, **_constants(T, num_heads, HD, R, queries),
+    )  # fmt: skip
+    launch(
+        _attention_dkdv_kernel, B * num_heads * -(-T // keys.rows), z.device, do, z, vectors, lse, delta, dz, part, scale,
+        T, stride, chunks,
+        SHARE=keys.rows // unit, **_constants(T, num_heads, HD, R, keys),
+    )  # fmt: skip
+    (sums,) = finish(part)
+    return dz, sums.view(G, R, D)
+
+
+def scale_qkv(z: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """q = g·(z_q + b), k = z_k, v = γ_v·z_v, for attention without bias and gains.
+
+    Args: z [B, T, 3D]; vectors float32 [G, R, D], as :func:`attention_forward` takes them.
+    Returns: qkv [B, T, 3D] in the type of z.
+    """
+    B, T, N = z.shape
+    G, R, D = vectors.shape
+    qkv = torch.empty_like(z)
+    if z.numel() == 0:
+        return qkv
+    M = B * T // G
+    plan = tile_plan(architecture(z.device), vector(z))
+    blocks = -(-N // plan.cols)
+    chunk_rows, chunks = chunks_of(M, plan, G * blocks)
+    launch(
+        _scale_qkv_kernel, G * chunks * blocks, z.device, z, vectors, qkv, M, chunk_rows, chunks,
+        D=D, GAINS=R == 3, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
+    )  # fmt: skip
+    return qkv
+
+
+def pack_dqkv(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, z: torch.Tensor, vectors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`scale_qkv` from those of q, k and v, packed.
+
+    Args: dq, dk, dv [B, T, H, d] (or [B, T, D]) contiguous; z [B, T, 3D] and vectors [G, R, D] as :func:`scale_qkv` took them.
+    Returns: dz [B, T, 3D] in the type of z; dvectors float32 [G, R, D].
+    """
+    B, T, _ = z.shape
+    G, R, D = vectors.shape
+    dz = torch.empty_like(z)
+    if z.numel() == 0:
+        return dz, torch.zeros_like(vectors)
+    M = B * T // G
+    plan = tile_plan(architecture(z.device), vector(z, dq))
+    blocks = -(-D // plan.cols)
+    chunk_rows, chunks = chunks_of(M, plan, G * 3 * blocks)
+    part = torch.empty((G, chunks, R * D), dtype=torch.float32, device=z.device)
+    launch(
+        _pack_dqkv_kernel, G * chunks * 3 * blocks, z.device, dq, dk, dv, z, vectors, dz, part, M, chunk_rows, chunks,
+        D=D, GAINS=R == 3, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
+    )  # fmt: skip
+    (sums,) = finish(part)
+    return dz, sums.view(G, R, D)
