@@ -1,6 +1,6 @@
 """Triton kernels and their launchers, one file per operation; installed as ``difffit_fast.kernels``.
 
-``adaln``, ``residual``, ``frozen_mlp``, ``frozen_qkv`` and ``colsum`` hold the operations; ``tiles`` says how a row is cut,
+``adaln``, ``residual``, ``frozen_mlp``, ``attention``, ``modulation`` and ``colsum`` hold the operations; ``tiles`` says how a row is cut,
 ``sums`` finishes the reductions, ``config`` holds every tuning number. Only torch and Triton are imported.
 
 The launchers trust their caller (``difffit_fast.ops``): contiguous tensors of matching shapes on one device. They

@@ -55,7 +55,6 @@ _POISONED = {
         "test_frozen_mlp",
     ),
     *(
-        "test_frozen_qkv",
         "test_gemm",
         "test_kernels",
         "test_cpp_attention",

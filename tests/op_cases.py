@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difffit_fast.ops.adaln import adaln
-from difffit_fast.ops.attention import attention
+from difffit_fast.ops.attention import attention, qkv_vectors
+from difffit_fast.ops.block import block
 from difffit_fast.ops.colsum import colsum
 from difffit_fast.ops.frozen_linear import frozen_linear
 from difffit_fast.ops.frozen_mlp import frozen_mlp
-from difffit_fast.ops.frozen_qkv import frozen_qkv
+from difffit_fast.ops.modulation import modulation
 from difffit_fast.ops.residual import residual, residual_adaln
 
 EPS = 1e-6
@@ -51,19 +52,45 @@ def true_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     return F.gelu(h @ w1.t() + b1, approximate="tanh") @ w2.t()
 
 
-def true_attention(qkv: Tensor, heads: int = HEADS) -> Tensor:
+def true_attention(
+    qkv: Tensor, bias_q: Tensor | None = None, gamma: Tensor | None = None, heads: int = HEADS
+) -> Tensor:
+    """Attention of an ordinary projection; bias_q (D,) or (B, D), gamma (3D,) or (B, 3D)."""
+    if bias_q is not None:
+        qkv = qkv + F.pad(bias_q, (0, 2 * bias_q.shape[-1])).reshape(-1, 1, qkv.shape[-1])
+    if gamma is not None:
+        qkv = qkv * gamma.reshape(-1, 1, qkv.shape[-1])
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return (torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v).transpose(1, 2).flatten(2)
 
 
-def qkv_chain(h: Tensor, weight: Tensor, bias_q: Tensor, gamma: Tensor | None = None) -> Tensor:
-    return attention(frozen_qkv(h, weight, bias_q, gamma), HEADS)
+def fused_attention(qkv: Tensor, bias_q: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
+    return attention(qkv, HEADS, bias_q, gamma, "fused")
 
 
-def true_qkv_chain(h: Tensor, weight: Tensor, bias_q: Tensor, gamma: Tensor | None = None) -> Tensor:
-    """Attention of an ordinary projection: the whole chain, since γ of the keys is read from the query third."""
-    z = h @ weight.t() + torch.cat([bias_q, bias_q.new_zeros(2 * bias_q.shape[0])])
-    return true_attention(z if gamma is None else z * gamma)
+def true_modulation(m: Tensor, bias: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Branch by branch, as DiT's blocks do it."""
+    planes = []
+    for j in range(norm.shape[0]):
+        shift, scale = (m[:, 3 * j + i] + bias[3 * j + i] for i in (0, 1))
+        planes += [norm[j, 0] * (1 + scale), norm[j, 1] * (1 + scale) + shift]
+        if j < gamma.shape[0]:
+            gate = gamma[j] * (m[:, 3 * j + 2] + bias[3 * j + 2])
+            planes += [gate, gate * beta[j]]
+    return torch.stack(planes)
+
+
+def plain_block(x: Tensor, h: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    qkv, proj, fc1, fc2, bias_q, gamma, bias1, joint1, joint2 = rest
+    return block(
+        x, h, (qkv, proj, fc1, fc2), qkv_vectors(bias_q, gamma)[None], bias1, (joint1, joint2), HEADS, backend="fused"
+    )
+
+
+def true_block(x: Tensor, h: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    qkv, proj, fc1, fc2, bias_q, gamma, bias1, joint1, joint2 = rest
+    x, h = true_residual_adaln(x, true_attention(h @ qkv.t(), bias_q, gamma) @ proj.t(), *joint1)
+    return true_residual_adaln(x, true_mlp(h, fc1, bias1, fc2), *joint2)
 
 
 # -- the inputs ------------------------------------------------------------------------------------------------------
@@ -88,10 +115,26 @@ def mlp_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Ten
     return [draw(b, t, d, dtype=branch), (2 * w1).to(branch), draw(f, dtype=F32), w2.to(branch)]
 
 
-def qkv_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+def attention_inputs(vectors: str, size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    """``vectors``: "", "bias", "gamma" (and bias) or "each" (sample its own)."""
     b, t, d = size
-    weight = (draw(3 * d, d) * 1.5 / d**0.5).to(branch)
-    return [draw(b, t, d, dtype=branch), weight, draw(d, dtype=F32), draw(3 * d, dtype=F32, shift=1)]
+    mine = (b,) if vectors == "each" else ()
+    inputs = [draw(b, t, 3 * d, dtype=branch), draw(*mine, d, dtype=F32), draw(*mine, 3 * d, dtype=F32, shift=1)]
+    return inputs[: {"": 1, "bias": 2}.get(vectors, 3)]
+
+
+def modulation_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    b, j, d = size
+    shapes = (3 * j + 2, d), (j + 1, 2, d), (j, d), (j, d)
+    return [draw(b, 3 * j + 2, d, dtype=branch), *(draw(*shape, dtype=F32, shift=0.5) for shape in shapes)]
+
+
+def block_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    b, t, d, f = size
+    weights = [(draw(n, k) / k**0.5).to(branch) for n, k in ((3 * d, d), (d, d), (f, d), (d, f))]
+    vectors = [draw(d, dtype=F32), draw(3 * d, dtype=F32, shift=1), draw(f, dtype=F32)]
+    joints = [draw(4, b, d, dtype=F32) for _ in range(2)]
+    return [draw(b, t, d, dtype=stream), draw(b, t, d, dtype=branch), *weights, *vectors, *joints]
 
 
 # -- the operations --------------------------------------------------------------------------------------------------
@@ -187,23 +230,39 @@ def mlp_calls(inputs: list[Tensor]) -> Calls:
     return [("frozen_mlp", tuple(inputs)), *backward]
 
 
-def qkv_calls(inputs: list[Tensor]) -> Calls:
-    h, weight, bias_q, gamma = (*inputs, None)[:4]
-    qkv = torch.ops.difffit_fast.frozen_qkv(h, weight, bias_q, gamma)
-    saved = detached(torch.ones_like(qkv), weight, None if gamma is None else qkv, gamma)
-    backward = [("frozen_qkv_backward", (*saved, dh)) for dh in (True, False)]
-    return [("frozen_qkv", (h, weight, bias_q, gamma)), *backward]
-
-
 def attention_calls(inputs: list[Tensor]) -> Calls:
+    z, bias_q, gamma = (*inputs, None, None)[:3]
+    bias_q = z.detach().new_zeros(z.shape[-1] // 3) if bias_q is None else bias_q
+    vectors = qkv_vectors(bias_q, gamma)
+    vectors = vectors if vectors.dim() == 3 else vectors[None]
+    o, lse = torch.ops.difffit_fast.attention(z, vectors, HEADS, "fused")
+    backward = (*detached(torch.ones_like(o), z, vectors, o, lse), HEADS, "fused")
+    return [("attention", (z, vectors.detach(), HEADS, "fused")), ("attention_backward", backward)]
+
+
+def modulation_calls(inputs: list[Tensor]) -> Calls:
+    m, bias, norm, gamma, beta = inputs
     calls: Calls = []
-    for keep in (True, False):
-        o, kept = torch.ops.difffit_fast.attention(inputs[0], HEADS, keep)
-        calls += [
-            ("attention", (inputs[0], HEADS, keep)),
-            ("attention_backward", (*detached(torch.ones_like(o), inputs[0], kept), HEADS)),
-        ]
+    for given in ((m, bias, norm, gamma, beta), (m, bias, None, None, beta)):
+        dvectors = torch.ones_like(torch.ops.difffit_fast.modulation(*given))
+        calls += [("modulation", given), ("modulation_backward", detached(dvectors, *given))]
     return calls
+
+
+def block_calls(inputs: list[Tensor]) -> Calls:
+    x, h, *weights = inputs[:6]
+    bias_q, gamma, bias1, joint1, joint2 = inputs[6:]
+    vectors = qkv_vectors(bias_q, gamma)[None].detach()
+    given = (x, h, *weights, vectors, bias1, bias1.detach().to(h.dtype), joint1, joint2, HEADS, EPS, "fused")
+    y2, _, *saved = torch.ops.difffit_fast.block(*given)
+    z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2 = saved
+    kept = detached(*weights, vectors, joint1, joint2, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2)
+    ones = torch.ones_like(h).detach()
+    grads = ((ones.to(x.dtype), ones, True), (None, ones, False), (ones.to(x.dtype), None, True))
+    return [
+        ("block", given),
+        *(("block_backward", (dy, dh, *kept, HEADS, "fused", need)) for dy, dh, need in grads),
+    ]
 
 
 def detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -238,22 +297,26 @@ CASES = [
     ),
     *(
         Case(
-            name, qkv_chain, true_qkv_chain, lambda size, s, b, n=n: qkv_inputs(size, s, b)[:n], needs, qkv_calls,
-            sizes=((1, 1, 72), (2, 77, 72), (0, 4, 72), (2, 37, 96)), triton=((2, 5, 72), (0, 4, 72)),
-            gpu=((1, 1, 72), (2, 256, 384), (2, 256, 1152), (0, 4, 72)), small=(2, 5, 72),
+            f"attention{' with ' + vectors if vectors else ''}", fused_attention, true_attention,
+            functools.partial(attention_inputs, vectors), (True,) * n, attention_calls,
+            # One token alone has no gradient but its value's: the others' are 0, which nothing can be relative to.
+            sizes=((1, 1 if n == 1 else 2, 24), (2, 77, 72), (3, 37, 12), (0, 5, 24), (2, 37, 96)),
+            triton=((2, 5, 24), (0, 5, 24)), gpu=((1, 3, 72), (2, 256, 216), (2, 77, 192), (0, 5, 24)), small=(2, 5, 24),
             # Small query and key gradients, against the largest value of the whole, after attention's roundings.
             roundings={F32: 4, BF16: 3, F16: 3}, roundings_gpu={F32: 8, BF16: 6, F16: 6},
         )
-        for name, n, needs in (
-            ("frozen_qkv", 3, (True, False, True)),
-            ("frozen_qkv with gamma", 4, (True, False, True, True)),
-        )
+        for vectors, n in (("", 1), ("bias", 2), ("gamma", 3), ("each", 3))
     ),
     Case(
-        "attention", functools.partial(attention, num_heads=HEADS, backend="bmm"), true_attention,
-        lambda size, _, branch: [draw(*size[:2], 3 * size[2], dtype=branch)], (True,), attention_calls,
-        sizes=((1, 1, 24), (2, 77, 72), (3, 37, 12), (0, 5, 24)), triton=((2, 5, 24),), gpu=((2, 77, 72),),
-        small=(2, 5, 24), roundings={F32: 2, BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 3, F16: 3},
+        "modulation", modulation, true_modulation, modulation_inputs, (True,) * 5, modulation_calls,
+        sizes=((1, 1, 72), (5, 4, 37), (2, 24, 384), (0, 2, 72)), triton=((2, 2, 40), (9, 1, 600), (0, 2, 40)),
+        gpu=((32, 56, 1152), (0, 2, 40), (5, 4, 37)), small=(2, 2, 40),
+    ),
+    Case(
+        "block", plain_block, true_block, block_inputs, (True, True, *(False,) * 4, *(True,) * 5), block_calls,
+        sizes=((1, 2, 24, 40), (2, 37, 72, 288), (0, 4, 24, 40), (3, 5, 36, 33)), triton=((2, 5, 24, 40), (0, 4, 24, 40)),
+        gpu=((1, 3, 72, 288), (2, 256, 216, 864), (0, 4, 24, 40)), small=(2, 5, 24, 40), dtypes=STREAMS[:2],
+        roundings={F32: 6, BF16: 5, F16: 5}, roundings_gpu={F32: 8, BF16: 8, F16: 8},
     ),
 ]  # fmt: skip
 
@@ -263,9 +326,9 @@ STEMS = {
     "adaln": ("adaln_forward", "adaln_backward"),
     "residual": ("residual_forward", "residual_backward", "residual_adaln_forward", "residual_adaln_backward"),
     "frozen_mlp": ("gelu_forward", "gelu_backward"),
-    "frozen_qkv": ("qkv_scale", "qkv_backward"),
+    "modulation": ("modulation_forward", "modulation_backward"),
     "colsum": ("colsum",),
-    "attention": ("softmax_forward", "softmax_backward"),
+    "attention": ("attention_forward", "attention_backward"),
 }
 
 
@@ -278,9 +341,7 @@ def kernels(room: str) -> SimpleNamespace:
         found = {name: getattr(modules[stem], name) for stem, names in STEMS.items() for name in names}
         found["colsum"] = modules["colsum"].colsum_reference
     else:
-        modules = {
-            stem: importlib.import_module(f"difffit_fast.kernels.{stem}") for stem in STEMS if stem != "attention"
-        }
+        modules = {stem: importlib.import_module(f"difffit_fast.kernels.{stem}") for stem in STEMS}
         found = {name: getattr(modules[stem], name) for stem in modules for name in STEMS[stem]}
     return SimpleNamespace(**found, device="cuda" if room == "gpu" else "cpu")
 
@@ -355,7 +416,7 @@ def check_residual_adaln(ops: Any, B: int, T: int, D: int, X: torch.dtype, H: to
             "dx": g, "dbranch": g * gate.double()[:, None], "dgate": (g * branch.double()).sum(1), "dbias": g.sum(1),
             "dscale": scale64.grad, "dshift": shift64.grad,
         }  # fmt: skip
-        for (name, want), got in zip(wanted.items(), grads, strict=True):
+        for (name, want), got in zip(wanted.items(), (*grads[:2], *grads[2]), strict=True):
             # Without dy the sum of g over a row vanishes, so for one token of few features dbias is small against g.
             close(name, got, want, slack=1e-5 if name in ("dgate", "dbias") else 2e-6)
 
@@ -378,39 +439,31 @@ def check_colsum(ops: Any, M: int, N: int, dtype: torch.dtype) -> None:
     close("colsum", out, x.double().sum(0))
 
 
-def check_qkv(ops: Any, M: int, D: int, dtype: torch.dtype) -> None:
-    z, dqkv = rand(M, 3 * D, dtype=dtype, seed=1), rand(M, 3 * D, dtype=dtype, seed=2)
-    gamma, bias = rand(3 * D, seed=3, shift=0.3), rand(D, seed=4)
-    factor, wide, d64 = gamma.double(), z.double(), dqkv.double()
-    there, gamma_there, d_there = z.to(ops.device, copy=True), gamma.to(ops.device), dqkv.to(ops.device)
-    assert ops.qkv_scale(there, gamma_there, bias.to(ops.device)) is None
-    close("qkv", there, torch.cat([wide[:, :D] + bias.double(), wide[:, D:]], 1) * factor)
-
-    dz, dbias, dgamma = ops.qkv_backward(d_there, there, gamma_there)
-    dots = (d64 * there.double().cpu()).sum(0)
-    dots = torch.cat([dots[:D], dots[:D], dots[2 * D :]])  # the keys' sum is taken from the queries
-    close("dz", dz, d64 * factor)
-    close("dbias_q", dbias, factor[:D] * d64[:, :D].sum(0))
-    close("dgamma", dgamma.cpu() * gamma, dots)
-
-    dz, dbias, none = ops.qkv_backward(d_there, None, None)
-    assert torch.equal(dz.cpu(), dqkv) and none.shape == (0,)
-    close("dbias_q without gamma", dbias, d64[:, :D].sum(0))
-
-
-def check_softmax(ops: Any, N: int, T: int, S: int, G: torch.dtype, P: torch.dtype) -> None:
-    for scale in (0.125, 3.0, -0.5):
-        scores, dp = rand(N, T, S, dtype=P, seed=1, scale=4), rand(N, T, S, dtype=G, seed=2)
-        p, ds = scores.clone(), dp.clone()
-        assert ops.softmax_forward(p, scale) is None
-        close("p", p, torch.softmax(scores.double() * scale, -1))
-        assert ops.softmax_backward(ds, p, scale) is None
-        p64, dp64 = p.double(), dp.double()
-        close("ds", ds, scale * p64 * (dp64 - (dp64 * p64).sum(-1, keepdim=True)))
+def check_modulation(ops: Any, B: int, J: int, D: int, dtype: torch.dtype) -> None:
+    m, bias = rand(B, 3 * J + 2, D, dtype=dtype, seed=1), rand(3 * J + 2, D, seed=2)
+    norm, gamma, beta = rand(J + 1, 2, D, seed=3), rand(J, D, seed=4, shift=1), rand(J, D, seed=5)
+    dvectors = rand(4 * J + 2, B, D, seed=6)
+    for with_norm, with_gamma in ((True, True), (True, False), (False, True), (False, False)):
+        given = [m, bias, norm if with_norm else None, gamma if with_gamma else None, beta]
+        there = [None if t is None else t.to(ops.device) for t in given]
+        inputs = leaves(*(t for t in given if t is not None))
+        it = iter(inputs)
+        full = [None if t is None else next(it) for t in given]
+        one = torch.stack([torch.ones(J + 1, D), torch.zeros(J + 1, D)], 1).double()
+        ones = torch.ones(J, D).double()
+        want = true_modulation(*full[:2], one if full[2] is None else full[2], ones if full[3] is None else full[3], full[4])
+        want.backward(dvectors.double())
+        close("vectors", ops.modulation_forward(*there), want.detach())
+        grads = ops.modulation_backward(dvectors.to(ops.device), *there)
+        for name, got, leaf in zip(("dm", "dbias", "dnorm", "dgamma", "dbeta"), grads, full, strict=True):
+            if leaf is None:
+                assert got.shape == (0,)
+            else:
+                close(name, got, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
 
 
 ROW_KERNELS = {"adaln": check_adaln, "residual": check_residual, "residual_adaln": check_residual_adaln}
-MATRIX_KERNELS = {"gelu": check_gelu, "colsum": check_colsum, "qkv": check_qkv}
+MATRIX_KERNELS = {"gelu": check_gelu, "colsum": check_colsum}
 
 
 def everything(ops: Any, B: int, T: int, D: int, X: torch.dtype, H: torch.dtype) -> list[Tensor]:
@@ -428,12 +481,10 @@ def everything(ops: Any, B: int, T: int, D: int, X: torch.dtype, H: torch.dtype)
         out += ops.residual_adaln_backward(h, dy, y, branch, gate, scale, mean, rstd)
     u, v = make(B * T, 3 * D, dtype=H, seed=7), make(B * T, 3 * D, dtype=H, seed=8)
     out += [ops.gelu_forward(u), *ops.gelu_backward(v, u), ops.colsum(u)]
-    gamma, w = make(3 * D, seed=9, shift=2), u.clone()
-    ops.qkv_scale(w, gamma, gamma[:D].contiguous())
-    out += [w, *ops.qkv_backward(v, u, gamma), *ops.qkv_backward(v, None, None)]
-    if hasattr(ops, "softmax_forward"):
-        p, dp = make(B, T, D, dtype=H, seed=1), make(B, T, D, dtype=H, seed=2)
-        ops.softmax_forward(p, 0.3)
-        ops.softmax_backward(dp, p, 0.3)
-        out += [p, dp]
-    return out
+    z = make(B, T, 3 * D, dtype=H, seed=9)
+    for vectors in () if D == 0 else (make(1, 1, D, seed=10), make(1, 3, D, seed=11), make(B, 3, D, seed=12)):
+        o, lse = ops.attention_forward(z, vectors, 1)
+        out += [o, lse, *ops.attention_backward(branch, z, vectors, o, lse, 1)]
+    m, bias, norm, gamma, beta = (make(*shape, seed=13) for shape in ((B * T, 5, D), (5, D), (2, 2, D), (1, D), (1, D)))
+    vectors = ops.modulation_forward(m.to(H), bias, norm, gamma, beta)
+    return [*out, vectors, *ops.modulation_backward(vectors, m.to(H), bias, norm, gamma, beta)]

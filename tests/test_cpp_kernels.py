@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import EPS, MATRIX_KERNELS, ROW_KERNELS, check_softmax, everything, kernels, leaves, rand
+from op_cases import EPS, MATRIX_KERNELS, ROW_KERNELS, check_modulation, everything, kernels, leaves, rand
 from optest import BF16, F32
 from torch.nn import functional as F
 
@@ -46,23 +46,25 @@ def test_nan_and_infinity_stay_visible() -> None:
         ones = torch.ones(1, 40)
         h, _, _ = ops.adaln_forward(x, ones, ones, EPS, dtype)
         assert h[0, 1].isnan().all() and h[0, ::2].isfinite().all()
-        p = rand(1, 2, 20, dtype=dtype)
-        p[0, 0, 19] = math.nan
-        ops.softmax_forward(p, 1.0)
-        assert p[0, 0].isnan().all() and p[0, 1].isfinite().all()
+        z = rand(1, 3, 60, dtype=dtype)
+        z[0, 1, 7] = math.nan  # of one query
+        o, lse = ops.attention_forward(z, torch.zeros(1, 1, 20), 1)
+        assert o[0, 1].isnan().all() and o[0, ::2].isfinite().all() and lse[0, 0].isnan().tolist() == [False, True, False]
 
 
-def test_softmax_of_large_and_far_apart_scores() -> None:
-    x = torch.tensor([[[3e38, 3e38, -3e38], [-3e38, -3e38, -3e38], [0.0, -200.0, -80.0]]])
-    ops.softmax_forward(x, 1.0)
-    want = [[0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, math.exp(-80)]]
-    torch.testing.assert_close(x[0].double(), torch.tensor(want, dtype=torch.float64), rtol=1e-5, atol=0)
-    # exp over its whole range: p/(1-p) of two scores is e^-d.
+def test_attention_of_large_and_far_apart_scores() -> None:
+    """Probabilities over the whole range of exp: one query, keys whose scores are d apart, values that tell them."""
     d = torch.linspace(0, 86, 4001)
-    pair = torch.stack([torch.zeros_like(d), -d], -1)[None].contiguous()
-    ops.softmax_forward(pair, 1.0)
-    odds = pair[0, :, 1].double() / pair[0, :, 0].double()
-    assert (odds * d.double().exp() - 1).abs().max() <= 5e-7
+    z = torch.zeros(1, 4001, 3)
+    z[0, :, 0], z[0, :, 1], z[0, 0, 2] = 1.0, -d, 1.0
+    o, lse = ops.attention_forward(z, torch.zeros(1, 1, 1), 1)
+    want = torch.logsumexp(-d.double(), 0)
+    torch.testing.assert_close(lse.double(), want.expand(1, 1, 4001), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(o.double(), (-want).exp().expand(1, 4001, 1), rtol=2e-6, atol=0)
+    for size in (1e4, 1e18):  # scores of 1e8 and 1e36: the larger key takes all
+        z = torch.tensor([[[size, size, 1.0], [size, -size, 2.0], [-size, 0.0, 4.0]]])
+        o, _ = ops.attention_forward(z, torch.zeros(1, 1, 1), 1)
+        assert o.flatten().tolist() == [1.0, 1.0, 2.0]
 
 
 def test_bfloat16_rounds_to_nearest_even_for_every_kind_of_number() -> None:
@@ -122,14 +124,6 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
             r"dy must have the dtype of y, Float; got BFloat16",
         ),
         (lambda: ops.gelu_backward(x[0], x[0].bfloat16()), r"dg must have the dtype of u, BFloat16; got Float"),
-        (lambda: ops.qkv_scale(x[0], v[0], v[0]), r"qkv must have a multiple of 3 columns; got shape \(3, 8\)"),
-        (lambda: ops.qkv_scale(torch.zeros(3), v[0], v[0]), r"qkv must have 2 dimensions; got shape \(3,?\)"),
-        (
-            lambda: ops.qkv_backward(torch.zeros(4, 6), torch.zeros(4, 6), None),
-            r"both be given, or neither; got only qkv",
-        ),
-        (lambda: ops.softmax_forward(x.transpose(1, 2), 1.0), r"scores must be contiguous"),
-        (lambda: ops.softmax_forward(x.half(), 1.0), r"scores must be float32 or bfloat16; got Half"),
     ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -155,11 +149,11 @@ def check_everything(name: str) -> None:
             check(kernels("cpp"), B, T, D, X, H)
         for check in MATRIX_KERNELS.values():
             check(kernels("cpp"), B * T, D, H)
-        check_softmax(kernels("cpp"), B, T, D, X, H)
+        check_modulation(kernels("cpp"), B, 3, D, H)
     test_bfloat16_rounds_to_nearest_even_for_every_kind_of_number()
     test_gelu_is_accurate_everywhere()
     test_nan_and_infinity_stay_visible()
-    test_softmax_of_large_and_far_apart_scores()
+    test_attention_of_large_and_far_apart_scores()
     assert capability() == name
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from op_cases import MATRIX_KERNELS, ROW_KERNELS, check_softmax, everything, kernels
+from op_cases import MATRIX_KERNELS, ROW_KERNELS, check_modulation, everything, kernels
 from optest import BF16, F16, F32, ROOMS
 
 PAIRS = [(F32, F32), (F32, BF16), (BF16, BF16)]  # dtype of the residual stream, dtype of the branch
@@ -38,11 +38,11 @@ def test_matrices(room: str, check: Callable, D: int, dtype: torch.dtype) -> Non
         check(kernels(room), M, D, dtype)
 
 
-@pytest.mark.parametrize("room", CPU)
-@pytest.mark.parametrize(("G", "P"), [*PAIRS, (BF16, F32)])
-def test_softmax(room: str, G: torch.dtype, P: torch.dtype) -> None:
-    for N, T, S in ((1, 1, 1), (3, 5, 7), (2, 37, 77), (6, 9, 256)):
-        check_softmax(kernels(room), N, T, S, G, P)
+@pytest.mark.parametrize("room", CPU + TRITON)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_modulation(room: str, dtype: torch.dtype) -> None:
+    for B, J, D in ((1, 1, 37), (3, 4, 72), (9, 1, 600), (2, 0, 72))[2 if room == "triton" else 0 :]:
+        check_modulation(kernels(room), B, J, D, dtype)
 
 
 # -- Triton, by the ways to cut --------------------------------------------------------------------------------------
@@ -113,10 +113,3 @@ def test_empty(room: str, size: tuple[int, int, int]) -> None:
     for X, H in PAIRS:
         for out in everything(kernels(room), *size, X, H):
             assert not out.numel() or not out.any()
-
-
-@pytest.mark.parametrize("room", TRITON)
-def test_gamma_needs_the_output(room: str) -> None:
-    ops = kernels(room)
-    with pytest.raises(ValueError, match="needs qkv"):
-        ops.qkv_backward(torch.zeros(2, 6, device=ops.device), None, torch.ones(6, device=ops.device))

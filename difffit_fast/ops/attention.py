@@ -278,7 +278,7 @@ def forget() -> None:
 
 # -- registration --------------------------------------------------------------------------------------------------
 def _check(z: Tensor, vectors: Tensor, num_heads: int) -> None:
-    if z.dim() != 3 or num_heads < 1 or z.shape[-1] % (3 * num_heads):
+    if z.dim() != 3 or num_heads < 1 or z.shape[-1] % (3 * num_heads) or not z.shape[-1]:
         raise ValueError(
             f"attention: qkv must be (B, T, n) with n a multiple of 3·{num_heads} heads; got {tuple(z.shape)}"
         )

@@ -50,14 +50,12 @@ def modulation_backward(
     w = scale.dtype
     dvectors = dvectors.to(w)
     dscale, dshift, dgate, dbias = dvectors[0::4], dvectors[1::4], dvectors[2::4], dvectors[3::4]
-    none = scale.new_empty(0)
-    dnorm = none
+    dnorm, dgamma, factor = scale.new_empty(0), scale.new_empty(0), 1.0
     if norm is not None:
         dnorm = torch.stack([(dscale * scale).sum(1), (dshift * scale).sum(1)], 1)
         weight, offset = norm.to(w)[:, :, None].unbind(1)
         dscale = weight * dscale + offset * dshift
     dgate = dgate + dbias * beta.to(w)[:, None]
-    dgamma, factor = none, 1.0
     if gamma is not None:
         dgamma, factor = (dgate * gate).sum(1), gamma.to(w)[:, None]
     dbeta = (dbias * factor * gate).sum(1)
