@@ -24,8 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first group one of whose words is in the (lower-case) name of a kernel or operator has it.
 GROUPS = {
-    "ours": ("adaln", "residual", "gelu_backward_kernel", "gelu_forward_kernel", "colsum", "qkv_", "softmax_backward",
-             "softmax_forward", "difffit_fast"),
+    "ours": ("adaln", "residual", "gelu_backward_kernel", "gelu_forward_kernel", "colsum", "modulation",
+             "scale_qkv", "pack_dqkv", "finish_kernel", "difffit_fast"),
     "attention": ("attention", "flash", "fmha", "sdpa", "cudnn_generated", "bmm"),
     "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "aten::mm", "aten::addmm", "linear_pointwise",
                         "mkldnn"),

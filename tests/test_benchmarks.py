@@ -56,15 +56,12 @@ def test_every_operation_at_a_tiny_size(load, tmp_path: Path) -> None:
         ("residual_adaln_backward", 2 + 4 + 4 + 2 + 4 + 2),
         ("adaln_backward", 2 + 4 + 4),
         ("gelu_backward", 4 * (2 + 2 + 2)),
-        ("qkv_scale", 3 * (2 + 2)),
-        ("qkv_backward", 6 + 4 + 6),
-        ("qkv_backward_no_gamma", 2),
     ],
 )
 def test_bytes_are_those_of_the_formula(load, kernel: str, per_element: int) -> None:
     common = load("common")
     size = common.Size(2, 64, 96, torch.bfloat16, torch.device("cpu"))
-    stems = ("adaln", "residual", "frozen_mlp", "frozen_qkv")
+    stems = ("adaln", "residual", "frozen_mlp")
     build = {k: b for stem in stems for k, b in load(f"bench_{stem}").KERNELS.items()}
     vectors = 4 * (10 * 96 * 2 + 2 * size.M)  # vectors and statistics, at most
     bytes = build[kernel](size).bytes
