@@ -188,7 +188,9 @@ class FastDiffFitDiT(DiT):
         h = adaln(x, v.scale, v.shift, LN_EPS, dtype)
         for block, behind_attn, behind_mlp in zip(self.blocks, v.joints[::2], v.joints[1::2], strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, h = checkpoint(self._block, block, x, h, behind_attn, behind_mlp, use_reentrant=False)
+                # Nothing in a block is random, and in a CUDA graph no generator's state could be read.
+                kept = {"use_reentrant": False, "preserve_rng_state": False}
+                x, h = checkpoint(self._block, block, x, h, behind_attn, behind_mlp, **kept)
             else:
                 x, h = self._block(block, x, h, behind_attn, behind_mlp)
         last = self.final_layer.linear
