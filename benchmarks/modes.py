@@ -100,7 +100,7 @@ def build_mode(
         loss = torch.nn.functional.mse_loss(out.float(), batch["target"])
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not graph)
+        optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(ema, params, 1 - EMA_DECAY)
         if tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

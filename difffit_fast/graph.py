@@ -1,33 +1,55 @@
-"""CUDA graphs: a whole training step, forward, backward, optimizer and EMA, captured once and replayed."""
+"""CUDA graphs: work that is captured once and then replayed without the host's part in it.
+
+The trainer captures forward and backward, the benchmarks a whole step; both do it here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from .errors import DiffFitError
 
+T = TypeVar("T")
 
-def capture(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
+
+def capture(step: Callable[[], T], warmup: int = 3) -> Callable[[], T]:
     """Capture ``step`` in a CUDA graph and return the function that replays it.
 
-    ``step`` must read its inputs from tensors that stay where they are (copy new data into them), must not synchronise
-    and needs an optimizer with ``capturable=True`` and gradients that keep their memory (``zero_grad(set_to_none=False)``).
-    It runs ``warmup`` times before the capture, as ordinary steps.
+    A replay returns what ``step`` returned while it was captured: the same tensors every time, with new values in them.
+    The graph keeps the memory of everything that ``step`` allocates for as long as the returned function is kept.
+
+    ``step`` runs ``warmup`` times before, in earnest, so that whatever is chosen, compiled or cached at a first call is
+    there. It must read its inputs from tensors that stay where they are (copy new data into them) and must not wait for
+    the device. An optimizer in it must have ``capturable=True``. It should begin and end without gradients
+    (``zero_grad(set_to_none=True)``): those of the backward pass then lie in the graph's memory, and a replay overwrites
+    them instead of adding to what is there.
 
     Raises:
         DiffFitError: there is no CUDA device.
+        RuntimeError: ``step`` does something that cannot be captured; the current stream is what it was.
     """
     if not torch.cuda.is_available():
         raise DiffFitError("capturing a training step needs a CUDA device, and PyTorch sees none")
+    here = torch.cuda.current_stream()
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side.wait_stream(here)
     with torch.cuda.stream(side):
         for _ in range(warmup):
             step()
-    torch.cuda.current_stream().wait_stream(side)
+    here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    try:
+        # Threads that pin batches and watch other processes go on calling CUDA; only this one is capturing.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = step()
+    finally:
+        torch.cuda.set_stream(here)  # a capture that failed would leave its own
+
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay

@@ -30,12 +30,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(count: int, words: list[str], logs: Path) -> list[Process]:
+def launch(count: int, words: list[str], logs: Path, **variables: str) -> list[Process]:
     """``count`` processes as torchrun would start them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), **variables}
     logs.mkdir(exist_ok=True)
     return [
         Process(words, logs / f"{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(count)
@@ -77,6 +77,19 @@ def test_two_processes_see_the_losses_of_one(images: Path, tmp_path: Path) -> No
     assert len(one) == 50
     assert two == pytest.approx(one, rel=1e-6)
     assert losses(tmp_path / "2", "val_loss") == pytest.approx(losses(tmp_path / "1", "val_loss"), rel=1e-6)
+
+
+def test_two_processes_that_replay_graphs_equal_two_that_do_not(images: Path, tmp_path: Path) -> None:
+    """Shares of four and three images, in two pieces each: the same checkpoints, byte for byte."""
+    common = {"global_batch_size": 7, "accumulate": 2, "max_grad_norm": 0.1, "max_steps": 6, "ckpt_every": 3}
+    for name, variables in (("eager", {}), ("recorded", {"RECORDED": "1"})):
+        started = launch(2, words(images, tmp_path / name, **common), tmp_path / "logs", **variables)
+        codes, outputs = finish(started)
+        assert codes == [0, 0] and ("instead of a graph" in outputs[0]) == bool(variables), outputs
+    assert losses(tmp_path / "eager") == losses(tmp_path / "recorded") and len(losses(tmp_path / "eager")) == 6
+    for step in (3, 6):
+        file = f"000-DiT-custom/checkpoints/{step:07d}.state/tensors.safetensors"
+        assert (tmp_path / "eager" / file).read_bytes() == (tmp_path / "recorded" / file).read_bytes()
 
 
 @pytest.mark.parametrize("dead", [1, 0])

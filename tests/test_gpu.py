@@ -7,7 +7,9 @@ the CPU, and the truth is float64 there.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from op_cases import true_attention
 from optest import draw, on_gpu, run
 from test_fast_dit import SMALL, loss_and_grads, shake, worst
 from torch import Tensor
+from training import SETTINGS, digits
 
 from difffit_fast import FastDiffFitDiT
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
@@ -23,6 +26,8 @@ from difffit_fast.ops import use_kernels
 from difffit_fast.ops.attention import attention, available_backends
 from difffit_fast.ops.frozen_mlp import frozen_mlp
 from difffit_fast.ops.residual import residual_adaln
+from difffit_fast.train import Trainer
+from difffit_fast.train.track import read_metrics
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -172,7 +177,7 @@ def trainer_step(model: FastDiffFitDiT, inputs: tuple[Tensor, ...]) -> Callable[
     def step() -> None:
         torch.nn.functional.mse_loss(model(*inputs).float(), target).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=True)  # captured, gradients lie in the graph's memory
 
     return step
 
@@ -208,6 +213,100 @@ def test_no_synchronisation_in_a_step() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
+
+
+# -- the trainer -----------------------------------------------------------------------------------------------------
+def trainer(images: Path, folder: Path, steps: int, model: torch.nn.Module | None = None, **changes: object) -> Trainer:
+    """One on the device; without a model of its own, ours with attention that gives the same bits twice."""
+    if model is None:
+        torch.manual_seed(1)
+        model = shake(
+            FastDiffFitDiT(**{**SMALL, "in_channels": 3, "input_size": 16, "num_classes": 3}, attention="bmm")
+        )
+    settings = {**SETTINGS, "model_args": {}, "device": "cuda", "data_path": str(images), "results_dir": str(folder)}
+    return Trainer(model=model, **{**settings, "max_steps": steps, "ckpt_every": 10, "global_batch_size": 7, **changes})
+
+
+def numbers(folder: Path) -> list[float]:
+    """The loss of every step."""
+    return [m["loss"] for m in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits(tmp_path_factory.mktemp("digits"))
+
+
+TRAINED = {
+    "whole": {},
+    "pieces, clipped": {"accumulate": 3, "max_grad_norm": 0.01},
+    "flow": {"objective": "flow"},
+    "bf16 under autocast": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_twenty_captured_steps_of_the_trainer_equal_twenty_eager_ones(images: Path, tmp_path: Path, case: str) -> None:
+    results = {}
+    for setting in ("off", "on"):
+        run_of = trainer(images, tmp_path / setting, 20, cuda_graph=setting, **TRAINED[case])
+        results[setting] = run_of, run_of.train().folder
+    torch.testing.assert_close(numbers(results["on"][1]), numbers(results["off"][1]), rtol=1e-5, atol=1e-6)
+    for name, p in results["on"][0].parameters.items():
+        torch.testing.assert_close(p, results["off"][0].parameters[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["difffit", "full", "adapter", "vpt", "lora"])
+def test_every_method_can_be_captured(images: Path, tmp_path: Path, method: str) -> None:
+    """Insisted on; whatever attention PyTorch takes, losses are those of an eager run but for rounding."""
+    if method == "lora":
+        pytest.importorskip("peft")
+    losses = []
+    for setting in ("off", "on"):
+        settings = {**SETTINGS, "device": "cuda", "data_path": str(images), "results_dir": str(tmp_path / setting)}
+        with pytest.warns(UserWarning, match="random"):
+            run_of = Trainer(**{**settings, "method": method, "max_steps": 6, "cuda_graph": setting})
+        losses.append(numbers(run_of.train().folder))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_captured_run_that_is_resumed_equals_one_that_is_not(images: Path, tmp_path: Path) -> None:
+    whole = trainer(images, tmp_path / "a", 20, cuda_graph="on").train()
+    trainer(images, tmp_path / "b", 10, cuda_graph="on").train()
+    resumed = trainer(images, tmp_path / "b", 20, cuda_graph="on", resume="auto").train()
+    assert numbers(resumed.folder)[10:] == pytest.approx(numbers(whole.folder)[10:], rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", ["off", "on"])
+def test_nothing_in_a_step_of_the_trainer_waits_for_the_device(images: Path, tmp_path: Path, setting: str) -> None:
+    run_of = trainer(
+        images, tmp_path, 8, cuda_graph=setting, accumulate=2, max_grad_norm=1.0, num_workers=0, log_every=8
+    )
+    fetch, one_step = run_of._fetch, run_of._one_step
+
+    def strictly(function: Callable) -> Callable:
+        def called(argument: object) -> object:
+            torch.cuda.set_sync_debug_mode("error" if run_of.step >= 3 else "default")  # first ones compile and capture
+            try:
+                return function(argument)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return called
+
+    run_of._fetch, run_of._one_step = strictly(fetch), strictly(one_step)
+    assert run_of.train().step == 8
+
+
+def test_the_memory_of_a_graph_is_given_back(images: Path, tmp_path: Path) -> None:
+    run_of = trainer(images, tmp_path, 3, cuda_graph="on")
+    before = torch.cuda.memory_allocated()
+    run_of.train()
+    gc.collect()
+    extra = sum(p.numel() * p.element_size() for p in run_of.parameters.values())
+    assert torch.cuda.memory_allocated() - before < 4 * extra + (
+        64 << 20
+    )  # the optimizer's moments, cuBLAS's workspaces
 
 
 def test_another_stream() -> None:

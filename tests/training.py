@@ -84,6 +84,13 @@ def _run(words: list[str], log: str, variables: dict[str, str]) -> None:
     os.dup2(output, 2)
     os.environ.update(variables)
     torch.set_num_threads(1)
+    if "RECORDED" in variables:  # as on a GPU, with recordings for graphs
+        from recording import Recorder
+
+        from difffit_fast.train import setup, step
+
+        setup.choose_capture = lambda *_: (True, "recordings instead of a graph")
+        step.capture = Recorder()
     code = main(words)
     sys.stdout.flush()
     os._exit(code)

@@ -184,6 +184,7 @@ class FastDiffFitDiT(DiT):
         for i, module in enumerate(self.blocks):
             call = block
             if self.gradient_checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, and in a CUDA graph no generator's state could be read.
                 call = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             attn, mlp = module.attn, module.mlp
             weights = tuple(w.to(dtype) for w in (attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight))

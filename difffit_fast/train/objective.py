@@ -1,4 +1,4 @@
-"""From a batch to the loss of each image: encode, pick the timestep, ask the model."""
+"""From a batch to the loss of each image: encode; pick the timestep, ask the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Objective:
-    """The training loss, ``losses(model, batch) -> (N,)`` float32.
+    """The training loss, ``losses(model, encode(batch)) -> (N,)`` float32.
 
     ``ddpm``: DiT's, at the timestep floor(1000 u). ``flow``: SiT's, at the time u.
 
@@ -37,10 +37,16 @@ class Objective:
         self.autocast = autocast
         self.diffusion: Any = FlowMatching() if name == "flow" else create_diffusion(learn_sigma=learn_sigma)
 
+    def encode(self, batch: Batch) -> Batch:
+        """The batch with ``x`` (N, C, H, W) as the model sees it: the latents of its pixels where there is a VAE."""
+        if self.vae is None:
+            return batch
+        x = sample_moments(self.vae.encode(batch["x"]), batch["encode"], self.vae.scale, self.vae.shift)
+        return {**{key: value for key, value in batch.items() if key != "encode"}, "x": x}
+
     def losses(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """The loss of each image of an encoded batch, (N,) float32. Nothing in it is random, or waits for the device."""
         x, noise = batch["x"], batch["noise"]
-        if self.vae is not None:
-            x = sample_moments(self.vae.encode(x), batch["encode"], self.vae.scale, self.vae.shift)
         if self.name == "flow":
             t = batch["u"].float()
         else:
@@ -69,7 +75,7 @@ def validation_loss(
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for first in range(mine.start, mine.stop, batch_size):
         batch = stream.__getitems__(range(first, min(first + batch_size, mine.stop)))
-        losses = objective.losses(model, {key: value.to(device) for key, value in batch.items()})
+        losses = objective.losses(model, objective.encode({key: value.to(device) for key, value in batch.items()}))
         total[0] += losses.double().sum()
         total[1] += len(losses)
     world.sum_([total])

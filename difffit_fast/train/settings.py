@@ -79,6 +79,8 @@ class Setting:
             value = self.null
         if value is None and self.optional:
             return None
+        if isinstance(value, bool) and "on" in (self.choices or ()):
+            value = "on" if value else "off"  # YAML reads these words as true and false
         if self.kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             try:
                 return float(value)

@@ -12,6 +12,7 @@ from .._processes import World
 from ..data import LatentSpace, PixelSpace, TrainingData
 from ..errors import DiffFitError
 from ..models.sizes import model_name
+from .captured import choose_capture
 from .config import DEFAULT_STEPS, TrainConfig
 from .methods import build_model, objective_of, read_base
 from .objective import DTYPES, Objective, choose_precision
@@ -29,6 +30,7 @@ class Parts:
         model: on the device, and sharded if it is to be; ``forward`` is how to call it, compiled or not.
         parameters: what trains, by name.
         space: decodes samples; None where there is nothing to decode them with.
+        captured: whether forward and backward are to run from a CUDA graph.
         notes: what the user should hear.
     """
 
@@ -44,6 +46,7 @@ class Parts:
     space: LatentSpace | PixelSpace | None
     class_names: list[str]
     total_steps: int
+    captured: bool
     notes: list[str]
 
 
@@ -60,7 +63,7 @@ def assemble(
     Raises:
         DiffFitError: anything that is missing or does not fit.
     """
-    precision, note = choose_precision(config.precision, device)
+    precision, slow = choose_precision(config.precision, device)
     config = config.replace(precision=precision)
     source = open_source(config, device, data, val_data)
     num_classes = count_classes(config, model, source.data)
@@ -73,6 +76,7 @@ def assemble(
     )  # fmt: skip
     known = hasattr(model, "hidden_size")
     name = model_name(vars(model), objective.name) if known else config.model or type(model).__name__
+    captured, how = choose_capture(config, device, model)
     model = model.to(device)
     if config.fsdp:
         _shard(model, world)
@@ -84,7 +88,7 @@ def assemble(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
         forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
         space=source.decoder, class_names=names + [f"class {i}" for i in range(len(names), num_classes)],
-        total_steps=effective.max_steps, notes=[note] if note else [],
+        total_steps=effective.max_steps, captured=captured, notes=[note for note in (slow, how) if note],
     )  # fmt: skip
 
 

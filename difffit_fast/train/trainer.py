@@ -1,8 +1,8 @@
 """The training loop.
 
-One step, on every process: take the next part of the global batch, forward and backward in ``accumulate`` parts, add up
-gradients over the processes, AdamW on the trainables, their average. Nothing in it waits for the device: on CUDA the
-loss of a step is read while the next one runs.
+One step, on every process: take the next part of the global batch, forward and backward in ``accumulate`` pieces (on CUDA
+replayed from a graph), add up gradients over the processes, AdamW on the trainables, their average. Nothing in it waits
+for the device: on CUDA the loss of a step is read while the next one runs.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Trainer:
             self.parameters.values(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
         )
         self.ema = EMA(self.parameters.items(), self.config.ema_decay)
-        self.stepper = Stepper(parts, self.optimizer, self.world)
+        self.stepper = Stepper(parts, self.optimizer, self.world, lambda text: self.tracker.say(text))
         self.looks = Looks(parts, self.ema, self.world)
         self.state = RunState(parts, self.ema, self.optimizer, self.world)
         self.interrupt = Interrupt()
@@ -147,6 +147,7 @@ class Trainer:
         except LostProcessError as error:
             raise self._rescue(error) from error
         finally:
+            self.stepper.release()
             self.tracker.close()
             if self._lock is not None:
                 self._lock.release()
