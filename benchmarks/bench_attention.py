@@ -45,7 +45,11 @@ def _backends(size: Size) -> list[str]:
 
 
 def forward(size: Size) -> Case:
-    args = (size.draw(size.B, size.T, 3 * size.D), size.draw(size.D).float(), 1 + size.draw(3 * size.D, scale=0.1).float())
+    args = (
+        size.draw(size.B, size.T, 3 * size.D),
+        size.draw(size.D).float(),
+        1 + size.draw(3 * size.D, scale=0.1).float(),
+    )
     by_backend = {b: functools.partial(ours, heads=size.heads, backend=b) for b in _backends(size)}
     return Case(
         functools.partial(ours, heads=size.heads), functools.partial(plain, heads=size.heads), args,

@@ -25,7 +25,9 @@ def forward(size: Size) -> Case:
 
 
 def backward(size: Size) -> Case:
-    return kernel_case("modulation", modulation_backward, size.draw(4 * BRANCHES + 2, size.B, size.D).float(), *_inputs(size))
+    return kernel_case(
+        "modulation", modulation_backward, size.draw(4 * BRANCHES + 2, size.B, size.D).float(), *_inputs(size)
+    )
 
 
 KERNELS = {"modulation_forward": forward, "modulation_backward": backward}

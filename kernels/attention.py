@@ -305,9 +305,7 @@ def _attention_dkdv_kernel(
         gain = _load_vector(vectors_ptr + D, HD, WIDTHS)
         c = _row_sums(k, _multiply(bias, gain, WIDTHS), WIDTHS)
         k = _narrow(_multiply(k, gain, WIDTHS), z_ptr.dtype.element_ty, WIDTHS)
-        v = _narrow(
-            _multiply(v, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS), z_ptr.dtype.element_ty, WIDTHS
-        )
+        v = _narrow(_multiply(v, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS), z_ptr.dtype.element_ty, WIDTHS)
     else:
         c = _row_sums(k, bias, WIDTHS)
     c *= scale2

@@ -257,7 +257,9 @@ def block_calls(inputs: list[Tensor]) -> Calls:
     given = (x, h, *weights, vectors, bias1, bias1.detach().to(h.dtype), joint1, joint2, HEADS, EPS, "fused")
     y2, _, *saved = torch.ops.difffit_fast.block(*given)
     z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2 = saved
-    kept = detached(*weights, vectors, joint1, joint2, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2)
+    kept = detached(
+        *weights, vectors, joint1, joint2, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2
+    )
     ones = torch.ones_like(h).detach()
     grads = ((ones.to(x.dtype), ones, True), (None, ones, False), (ones.to(x.dtype), None, True))
     return [
@@ -453,7 +455,9 @@ def check_modulation(ops: Any, B: int, J: int, D: int, dtype: torch.dtype) -> No
         full = [None if t is None else next(it) for t in given]
         one = torch.stack([torch.ones(J + 1, D), torch.zeros(J + 1, D)], 1).double()
         ones = torch.ones(J, D).double()
-        want = true_modulation(*full[:2], one if full[2] is None else full[2], ones if full[3] is None else full[3], full[4])
+        want = true_modulation(
+            *full[:2], one if full[2] is None else full[2], ones if full[3] is None else full[3], full[4]
+        )
         want.backward(dvectors.double())
         close("vectors", ops.modulation_forward(*there), want.detach())
         grads = ops.modulation_backward(dvectors.to(ops.device), *there)

@@ -49,7 +49,9 @@ def test_nan_and_infinity_stay_visible() -> None:
         z = rand(1, 3, 60, dtype=dtype)
         z[0, 1, 7] = math.nan  # of one query
         o, lse = ops.attention_forward(z, torch.zeros(1, 1, 20), 1)
-        assert o[0, 1].isnan().all() and o[0, ::2].isfinite().all() and lse[0, 0].isnan().tolist() == [False, True, False]
+        assert (
+            o[0, 1].isnan().all() and o[0, ::2].isfinite().all() and lse[0, 0].isnan().tolist() == [False, True, False]
+        )
 
 
 def test_attention_of_large_and_far_apart_scores() -> None:

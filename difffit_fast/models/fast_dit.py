@@ -30,7 +30,7 @@ from ..errors import DiffFitError
 from ..ops._register import frozen_weight_error
 from ..ops.adaln import adaln
 from ..ops.attention import BACKENDS, qkv_vectors
-from ..ops.block import block
+from ..ops.block import block as run_block
 from ..ops.frozen_linear import frozen_linear
 from ..ops.gemm import keep_packed
 from ..ops.modulation import modulation
@@ -182,10 +182,10 @@ class FastDiffFitDiT(DiT):
         x = x.to(stream) + self.pos_embed.to(stream)
         h = adaln(x, *first.unbind(), LN_EPS, dtype)
         for i, module in enumerate(self.blocks):
-            call = block
+            call = run_block
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, and in a CUDA graph no generator's state could be read.
-                call = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+                call = functools.partial(checkpoint, run_block, use_reentrant=False, preserve_rng_state=False)
             attn, mlp = module.attn, module.mlp
             weights = tuple(w.to(dtype) for w in (attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight))
             x, h = call(
@@ -208,9 +208,7 @@ class FastDiffFitDiT(DiT):
         time = frozen_linear(hidden, last.weight.to(dtype), last.bias)
         return time + self.y_embedder(y, self.training)
 
-    def _modulation(
-        self, condition: Tensor, beta: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _modulation(self, condition: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Scale and shift of the first LayerNorm (2, N, D), and for each join gate, bias, scale, shift (4, N, D)."""
         n, d, blocks = condition.shape[0], self.hidden_size, self.blocks
         linears = [b.adaLN_modulation[1] for b in blocks] + [self.final_layer.adaLN_modulation[1]]

@@ -265,9 +265,7 @@ def _run_backward(
     if name == "fused":
         return pick("attention", attention_backward, z)(do, z, vectors, o, lse, num_heads)
     q, k, v = (_heads(x, num_heads) for x in _around(scale_qkv, z)(z, vectors).chunk(3, -1))
-    grads = _LIBRARIES[name][1](
-        _heads(do, num_heads), q, k, v, _heads(o, num_heads), lse, 1 / math.sqrt(q.shape[-1])
-    )
+    grads = _LIBRARIES[name][1](_heads(do, num_heads), q, k, v, _heads(o, num_heads), lse, 1 / math.sqrt(q.shape[-1]))
     return _around(pack_dqkv, z)(*(_merged(g).contiguous() for g in grads), z, vectors)
 
 

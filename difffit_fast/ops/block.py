@@ -28,7 +28,15 @@ from .residual import (
 
 
 def _check(
-    x: Tensor, h: Tensor, qkv: Tensor, proj: Tensor, fc1: Tensor, fc2: Tensor, vectors: Tensor, joint1: Tensor, joint2: Tensor
+    x: Tensor,
+    h: Tensor,
+    qkv: Tensor,
+    proj: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    vectors: Tensor,
+    joint1: Tensor,
+    joint2: Tensor,
 ) -> None:
     if x.dim() != 3 or h.shape != x.shape:
         raise ValueError(f"block: x and h must both be (B, T, D); got {tuple(x.shape)} and {tuple(h.shape)}")

@@ -30,9 +30,7 @@ def _parts(m: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([branches[:, 0], full[-2:-1]]), 1 + torch.cat([branches[:, 1], full[-1:]]), branches[:, 2]
 
 
-def modulation_forward(
-    m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor
-) -> Tensor:
+def modulation_forward(m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor) -> Tensor:
     shift, scale, gate = _parts(m, bias)
     if norm is not None:
         weight, offset = norm.to(scale.dtype)[:, :, None].unbind(1)
@@ -79,16 +77,12 @@ def _wide(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(wide(like.dtype)).contiguous() for t in tensors]
 
 
-def _forward(
-    m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor
-) -> Tensor:
+def _forward(m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor) -> Tensor:
     _check(m, bias, norm, gamma, beta)
     return pick("modulation", modulation_forward, m)(m.contiguous(), *_wide(m, bias, norm, gamma, beta))
 
 
-def _forward_fake(
-    m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor
-) -> Tensor:
+def _forward_fake(m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor) -> Tensor:
     _check(m, bias, norm, gamma, beta)
     b, rows, d = m.shape
     return m.new_empty(rows // 3 * 4 + 2, b, d, dtype=wide(m.dtype))
@@ -142,9 +136,7 @@ _modulation = register(
 _ext.register_operation("modulation")
 
 
-def modulation(
-    m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor
-) -> Tensor:
+def modulation(m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor) -> Tensor:
     """The vectors of all joints, for J branches.
 
     Args:
