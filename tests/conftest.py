@@ -55,7 +55,7 @@ _POISONED = {
         "test_frozen_mlp",
     ),
     *("test_frozen_qkv", "test_gemm", "test_kernels", "test_cpp_kernels", "test_ops", "test_residual"),
-    *("test_triton_kernels", "test_triton_model", "test_poison"),
+    *("test_triton_attention", "test_triton_kernels", "test_triton_model", "test_poison"),
 }
 _M_PERTURB = -6  # of glibc's mallopt
 
