@@ -45,115 +45,94 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+# Modifiers of a load. Compilers merge equal loads, so that what an epilogue reads again would be kept in registers through the
+# loop, where they are scarcest. They do not merge what is spelt differently: "cached at all levels", which is the default.
+FIRST, AGAIN = tl.constexpr(""), tl.constexpr(".ca")
+
+
 # -- heads: one or two tiles of columns ------------------------------------------------------------------------------
 @triton.jit
-def _dot(a, b, acc):
-    """acc + a·b in float32. Triton's interpreter would multiply the bits of bfloat16; there the operands are widened."""
+def _rounded(value, dtype: tl.constexpr):
+    """``value`` as an operand of a product, rounded to ``dtype``.
+
+    Triton's interpreter would multiply the bits of bfloat16, so operands are widened there once they are rounded.
+    """
+    value = narrow(value, dtype)
     if _CUTS_OFF:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _load_tile(
+    ptr, rows, count, STRIDE: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, p: tl.constexpr, EVEN: tl.constexpr,
+    WHEN: tl.constexpr,
+):  # fmt: skip
+    """Tile ``p`` of rows of a head, an operand of a product: zero beyond HD and, unless EVEN, from row ``count`` on."""
+    cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+    at = rows[:, None] * STRIDE + cols[None, :]
+    if EVEN and p * WIDTHS[0] + WIDTHS[p] <= HD:
+        tile = tl.load(ptr + at, cache_modifier=WHEN)
+    elif EVEN:
+        tile = tl.load(ptr + at, mask=(cols < HD)[None, :], other=0.0, cache_modifier=WHEN)
+    else:
+        tile = tl.load(ptr + at, mask=(rows < count)[:, None] & (cols < HD)[None, :], other=0.0, cache_modifier=WHEN)
+    if _CUTS_OFF:
+        tile = tile.to(tl.float32)
+    return tile
 
 
 @triton.jit
 def _load_head(ptr, rows, count, STRIDE: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, EVEN: tl.constexpr):
-    """Rows of a head in tiles [rows, width], in their own type; zero beyond HD and, unless EVEN, from row ``count`` on."""
+    """All tiles of rows of a head."""
     tiles = ()
     for p in tl.static_range(len(WIDTHS)):
-        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
-        at = rows[:, None] * STRIDE + cols[None, :]
-        if EVEN and p * WIDTHS[0] + WIDTHS[p] <= HD:
-            tile = tl.load(ptr + at)
-        elif EVEN:
-            tile = tl.load(ptr + at, mask=(cols < HD)[None, :], other=0.0)
-        else:
-            tile = tl.load(ptr + at, mask=(rows < count)[:, None] & (cols < HD)[None, :], other=0.0)
-        tiles = tiles + (tile,)
+        tiles = tiles + (_load_tile(ptr, rows, count, STRIDE, HD, WIDTHS, p, EVEN, FIRST),)
     return tiles
 
 
 @triton.jit
-def _store_head(ptr, tiles, rows, count, STRIDE: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr):
-    """Store what :func:`_load_head` loads, in the type of ``ptr``."""
-    for p in tl.static_range(len(WIDTHS)):
-        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
-        at = rows[:, None] * STRIDE + cols[None, :]
-        mask = (rows < count)[:, None] & (cols < HD)[None, :]
-        tl.store(ptr + at, narrow(tiles[p], ptr.dtype.element_ty), mask=mask)
+def _store_tile(
+    ptr, tile, rows, count,
+    STRIDE: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, p: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Store what :func:`_load_tile` loads, in the type of ``ptr``."""
+    cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+    at = rows[:, None] * STRIDE + cols[None, :]
+    tile = narrow(tile, ptr.dtype.element_ty)
+    if EVEN and p * WIDTHS[0] + WIDTHS[p] <= HD:
+        tl.store(ptr + at, tile)
+    elif EVEN:
+        tl.store(ptr + at, tile, mask=(cols < HD)[None, :])
+    else:
+        tl.store(ptr + at, tile, mask=(rows < count)[:, None] & (cols < HD)[None, :])
 
 
 @triton.jit
-def _load_vector(ptr, HD: tl.constexpr, WIDTHS: tl.constexpr):
-    """A float32 vector of a head in tiles [1, width], zero beyond HD."""
-    tiles = ()
-    for p in tl.static_range(len(WIDTHS)):
-        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
-        tiles = tiles + (tl.load(ptr + cols, mask=cols < HD, other=0.0)[None, :],)
-    return tiles
+def _load_vector(ptr, HD: tl.constexpr, WIDTHS: tl.constexpr, p: tl.constexpr, WHEN: tl.constexpr):
+    """Tile ``p`` of a float32 vector of a head: [1, width], zero beyond HD."""
+    cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+    return tl.load(ptr + cols, mask=cols < HD, other=0.0, cache_modifier=WHEN)[None, :]
 
 
 @triton.jit
 def _store_sum(
-    ptr, tiles, chunk, chunks, D: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, SHARE: tl.constexpr
+    ptr, tile, chunk, chunks, D: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, p: tl.constexpr, SHARE: tl.constexpr
 ):  # fmt: skip
-    """Sum the rows of tiles [rows, width] into row ``chunk`` of partial sums D apart, and zeros into the next SHARE − 1."""
-    for p in tl.static_range(len(WIDTHS)):
-        cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
-        tl.store(ptr + cols, tl.sum(tiles[p], axis=0), mask=cols < HD)
-        for i in tl.static_range(1, SHARE):
-            tl.store(ptr + i * D + cols, tl.zeros_like(cols).to(tl.float32), mask=(cols < HD) & (chunk + i < chunks))
+    """The sum of the rows of tile ``p`` into row ``chunk`` of partial sums, D apart, and zeros into the next SHARE − 1."""
+    cols = p * WIDTHS[0] + tl.arange(0, WIDTHS[p])
+    total = tl.sum(tile, axis=0)
+    tl.store(ptr + cols, total, mask=cols < HD)
+    for i in tl.static_range(1, SHARE):
+        tl.store(ptr + i * D + cols, tl.zeros_like(total), mask=(cols < HD) & (chunk + i < chunks))
 
 
 @triton.jit
 def _zero_head(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
     tiles = ()
     for p in tl.static_range(len(WIDTHS)):
-        tiles = tiles + (tl.zeros([ROWS, WIDTHS[p]], dtype=tl.float32),)
+        tiles = tiles + (tl.zeros([ROWS, tl.constexpr(WIDTHS[p])], dtype=tl.float32),)
     return tiles
-
-
-@triton.jit
-def _add(tiles, vectors, WIDTHS: tl.constexpr):
-    """tiles + vectors in float32."""
-    out = ()
-    for p in tl.static_range(len(WIDTHS)):
-        out = out + (tiles[p].to(tl.float32) + vectors[p],)
-    return out
-
-
-@triton.jit
-def _multiply(tiles, factors, WIDTHS: tl.constexpr):
-    """tiles·factors in float32."""
-    out = ()
-    for p in tl.static_range(len(WIDTHS)):
-        out = out + (tiles[p].to(tl.float32) * factors[p],)
-    return out
-
-
-@triton.jit
-def _scale(tiles, factor, WIDTHS: tl.constexpr):
-    """tiles·factor, a number or one per row: [rows, 1]."""
-    out = ()
-    for p in tl.static_range(len(WIDTHS)):
-        out = out + (tiles[p] * factor,)
-    return out
-
-
-@triton.jit
-def _narrow(tiles, dtype: tl.constexpr, WIDTHS: tl.constexpr):
-    out = ()
-    for p in tl.static_range(len(WIDTHS)):
-        out = out + (narrow(tiles[p], dtype),)
-    return out
-
-
-@triton.jit
-def _row_sums(left, right, WIDTHS: tl.constexpr):
-    """Σ_c left·right in float32: [rows]."""
-    acc = tl.sum(left[0].to(tl.float32) * right[0], axis=1)
-    for p in tl.static_range(1, len(WIDTHS)):
-        acc += tl.sum(left[p].to(tl.float32) * right[p], axis=1)
-    return acc
 
 
 @triton.jit
@@ -161,7 +140,7 @@ def _scores(kept, streamed, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTHS: tl.c
     """kept·streamedᵀ: float32 [ROWS, COLS]."""
     acc = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for p in tl.static_range(len(WIDTHS)):
-        acc = _dot(kept[p], tl.trans(streamed[p]), acc)
+        acc = tl.dot(kept[p], tl.trans(streamed[p]), acc, input_precision="ieee")
     return acc
 
 
@@ -170,7 +149,7 @@ def _gather(acc, weights, streamed, WIDTHS: tl.constexpr):
     """acc + weights·streamed, tile by tile."""
     out = ()
     for p in tl.static_range(len(WIDTHS)):
-        out = out + (_dot(weights, streamed[p], acc[p]),)
+        out = out + (tl.dot(weights, streamed[p], acc[p], input_precision="ieee"),)
     return out
 
 
@@ -183,22 +162,28 @@ def _attention_forward_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = H * HD
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    if EVEN_N:
+        T = STEPS * BN  # noqa: N806 - known to the compiler then
     blocks = tl.cdiv(T, BM)
-    row = (tl.program_id(0) % blocks) * BM
     head = tl.program_id(0) // blocks
     sample = (head // H).to(tl.int64)
     channel = (head % H) * HD
     z_ptr += sample * T * (3 * D) + channel
+    o_ptr += sample * T * D + channel
     vectors_ptr += sample * vector_stride + channel
-    rows = row + tl.arange(0, BM)
-    q = _add(_load_head(z_ptr, rows, T, 3 * D, HD, WIDTHS, EVEN_M), _load_vector(vectors_ptr, HD, WIDTHS), WIDTHS)
-    if GAINS:
-        q = _multiply(q, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
-    q = _narrow(q, z_ptr.dtype.element_ty, WIDTHS)
+    rows = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    q = ()
+    for p in tl.static_range(len(WIDTHS)):
+        tile = _load_tile(z_ptr, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
+        tile += _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
+        if GAINS:
+            tile *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, FIRST)
+        q = q + (_rounded(tile, dtype),)
     scale2 = scale * LOG2E
     top = tl.full([BM], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
-    o = _zero_head(BM, WIDTHS)
+    acc = _zero_head(BM, WIDTHS)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         keys = step * BN + tl.arange(0, BN)
         k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
@@ -206,16 +191,21 @@ def _attention_forward_kernel(
         if not EVEN_N:
             s = tl.where((keys < T)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
-        p = tl.exp2(s * scale2 - (new_top * scale2)[:, None])
+        weights = tl.exp2(s * scale2 - (new_top * scale2)[:, None])
         fade = tl.exp2((top - new_top) * scale2)
-        total = total * fade + tl.sum(p, axis=1)
+        total = total * fade + tl.sum(weights, axis=1)
         top = new_top
         v = _load_head(z_ptr + 2 * D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
-        o = _gather(_scale(o, fade[:, None], WIDTHS), narrow(p, z_ptr.dtype.element_ty), v, WIDTHS)
-    o = _scale(o, (1.0 / total)[:, None], WIDTHS)
-    if GAINS:
-        o = _multiply(o, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS)
-    _store_head(o_ptr + sample * T * D + channel, o, rows, T, D, HD, WIDTHS)
+        faded = ()
+        for p in tl.static_range(len(WIDTHS)):
+            faded = faded + (acc[p] * fade[:, None],)
+        acc = _gather(faded, _rounded(weights, dtype), v, WIDTHS)
+    share = (1.0 / total)[:, None]
+    for p in tl.static_range(len(WIDTHS)):
+        o = acc[p] * share
+        if GAINS:
+            o *= _load_vector(vectors_ptr + 2 * D, HD, WIDTHS, p, AGAIN)
+        _store_tile(o_ptr, o, rows, T, D, HD, WIDTHS, p, EVEN_M)
     tl.store(lse_ptr + head.to(tl.int64) * T + rows, top * scale + tl.log2(total) * LN2, mask=rows < T)
 
 
@@ -228,6 +218,9 @@ def _attention_dq_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * HD
     R: tl.constexpr = 3 if GAINS else 1
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    if EVEN_N:
+        T = STEPS * BN  # noqa: N806 - known to the compiler then
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -241,17 +234,23 @@ def _attention_dq_kernel(
     delta_ptr += head.to(tl.int64) * T
     vectors_ptr += sample * vector_stride + channel
     rows = block * BM + tl.arange(0, BM)
-    do = _load_head(do_ptr, rows, T, D, HD, WIDTHS, EVEN_M)
-    delta = _row_sums(do, _load_head(o_ptr, rows, T, D, HD, WIDTHS, EVEN_M), WIDTHS)
+    q = ()
+    do = ()
+    delta = tl.zeros([BM], dtype=tl.float32)
+    for p in tl.static_range(len(WIDTHS)):
+        tile = _load_tile(do_ptr, rows, T, D, HD, WIDTHS, p, EVEN_M, FIRST)
+        o = _load_tile(o_ptr, rows, T, D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
+        delta += tl.sum(tile.to(tl.float32) * o, axis=1)
+        if GAINS:
+            tile = _rounded(tile.to(tl.float32) * _load_vector(vectors_ptr + 2 * D, HD, WIDTHS, p, FIRST), dtype)
+        do = do + (tile,)
+        tile = _load_tile(z_ptr, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
+        tile += _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
+        if GAINS:
+            tile *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, FIRST)
+        q = q + (_rounded(tile, dtype),)
     tl.store(delta_ptr + rows, delta, mask=rows < T)
     lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E  # beyond T every P is exp2(−∞) = 0
-    q = _add(_load_head(z_ptr, rows, T, 3 * D, HD, WIDTHS, EVEN_M), _load_vector(vectors_ptr, HD, WIDTHS), WIDTHS)
-    if GAINS:
-        q = _multiply(q, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
-        do = _narrow(
-            _multiply(do, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS), z_ptr.dtype.element_ty, WIDTHS
-        )
-    q = _narrow(q, z_ptr.dtype.element_ty, WIDTHS)
     scale2 = scale * LOG2E
     a = _zero_head(BM, WIDTHS)
     for step in tl.range(0, STEPS, num_stages=STAGES):
@@ -262,19 +261,20 @@ def _attention_dq_kernel(
         dp = _scores(do, v, BM, BN, WIDTHS)
         if not EVEN_N:
             s = tl.where((keys < T)[None, :], s, float("-inf"))
-        p = tl.exp2(s * scale2 - lse2[:, None])
-        ds = narrow(p * (dp - delta[:, None]), z_ptr.dtype.element_ty)
-        a = _gather(a, ds, k, WIDTHS)
-    a = _scale(a, scale, WIDTHS)
+        ds = tl.exp2(s * scale2 - lse2[:, None]) * (dp - delta[:, None])
+        a = _gather(a, _rounded(ds, dtype), k, WIDTHS)
     chunk = block * SHARE
     part_ptr += (sample * chunks + chunk) * (R * D) + channel
-    if GAINS:
-        # read once more (from L2): kept through the loop it would cost the registers of another accumulator
-        q = _add(_load_head(z_ptr, rows, T, 3 * D, HD, WIDTHS, EVEN_M), _load_vector(vectors_ptr, HD, WIDTHS), WIDTHS)
-        _store_sum(part_ptr + D, _multiply(a, q, WIDTHS), chunk, chunks, R * D, HD, WIDTHS, SHARE)
-        a = _multiply(a, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
-    _store_sum(part_ptr, a, chunk, chunks, R * D, HD, WIDTHS, SHARE)
-    _store_head(dz_ptr, a, rows, T, 3 * D, HD, WIDTHS)
+    for p in tl.static_range(len(WIDTHS)):
+        dq = a[p] * scale
+        if GAINS:
+            # z_q once more (from L2): kept through the loop it would cost the registers of another accumulator
+            z = _load_tile(z_ptr, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, AGAIN).to(tl.float32)
+            z += _load_vector(vectors_ptr, HD, WIDTHS, p, AGAIN)
+            _store_sum(part_ptr + D, dq * z, chunk, chunks, R * D, HD, WIDTHS, p, SHARE)
+            dq *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, AGAIN)
+        _store_sum(part_ptr, dq, chunk, chunks, R * D, HD, WIDTHS, p, SHARE)
+        _store_tile(dz_ptr, dq, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
 
 
 @triton.jit(do_not_specialize=["T", "vector_stride", "chunks"])
@@ -285,6 +285,9 @@ def _attention_dkdv_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = H * HD
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    if EVEN_N:
+        T = STEPS * BN  # noqa: N806 - known to the compiler then
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -297,17 +300,24 @@ def _attention_dkdv_kernel(
     delta_ptr += head.to(tl.int64) * T
     vectors_ptr += sample * vector_stride + channel
     rows = block * BM + tl.arange(0, BM)
+    k = ()
+    v = ()
+    c = tl.zeros([BM], dtype=tl.float32)
+    for p in tl.static_range(len(WIDTHS)):
+        tile = _load_tile(z_ptr + D, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST)
+        bias = _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
+        if GAINS:
+            gained = tile.to(tl.float32) * _load_vector(vectors_ptr + D, HD, WIDTHS, p, FIRST)
+            c += tl.sum(gained * bias, axis=1)
+            tile = _rounded(gained, dtype)
+        else:
+            c += tl.sum(tile.to(tl.float32) * bias, axis=1)
+        k = k + (tile,)
+        tile = _load_tile(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST)
+        if GAINS:
+            tile = _rounded(tile.to(tl.float32) * _load_vector(vectors_ptr + 2 * D, HD, WIDTHS, p, FIRST), dtype)
+        v = v + (tile,)
     scale2 = scale * LOG2E
-    k = _load_head(z_ptr + D, rows, T, 3 * D, HD, WIDTHS, EVEN_M)
-    v = _load_head(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, EVEN_M)
-    bias = _load_vector(vectors_ptr, HD, WIDTHS)
-    if GAINS:
-        gain = _load_vector(vectors_ptr + D, HD, WIDTHS)
-        c = _row_sums(k, _multiply(bias, gain, WIDTHS), WIDTHS)
-        k = _narrow(_multiply(k, gain, WIDTHS), z_ptr.dtype.element_ty, WIDTHS)
-        v = _narrow(_multiply(v, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS), z_ptr.dtype.element_ty, WIDTHS)
-    else:
-        c = _row_sums(k, bias, WIDTHS)
     c *= scale2
     if not EVEN_M:
         c = tl.where(rows < T, c, float("-inf"))  # keys beyond T: P = 0, where exp2(0 − lse) might be ∞
@@ -326,25 +336,25 @@ def _attention_dkdv_kernel(
             delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
         s = _scores(k, q, BM, BN, WIDTHS)
         dp = _scores(v, do, BM, BN, WIDTHS)
-        p = tl.exp2(s * scale2 + (c[:, None] - (lse * LOG2E)[None, :]))
-        dv = _gather(dv, narrow(p, z_ptr.dtype.element_ty), do, WIDTHS)
-        ds = p * (dp - delta[None, :])
+        weights = tl.exp2((s * scale2 - (lse * LOG2E)[None, :]) + c[:, None])
+        dv = _gather(dv, _rounded(weights, dtype), do, WIDTHS)
+        ds = weights * (dp - delta[None, :])
         ds_sum += tl.sum(ds, axis=1)
-        dk = _gather(dk, narrow(ds, z_ptr.dtype.element_ty), q, WIDTHS)
-    bias = _load_vector(vectors_ptr, HD, WIDTHS)
-    tiles = ()
-    for p in tl.static_range(len(WIDTHS)):
-        tiles = tiles + ((dk[p] + ds_sum[:, None] * bias[p]) * scale,)
-    dk = tiles
+        dk = _gather(dk, _rounded(ds, dtype), q, WIDTHS)
+    chunk = block * SHARE
     if GAINS:
-        chunk = block * SHARE
         part_ptr += (sample * chunks + chunk) * (3 * D) + 2 * D + channel
-        v = _load_head(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, EVEN_M)  # the bare z_v, once more
-        _store_sum(part_ptr, _multiply(v, dv, WIDTHS), chunk, chunks, 3 * D, HD, WIDTHS, SHARE)
-        dk = _multiply(dk, _load_vector(vectors_ptr + D, HD, WIDTHS), WIDTHS)
-        dv = _multiply(dv, _load_vector(vectors_ptr + 2 * D, HD, WIDTHS), WIDTHS)
-    _store_head(dz_ptr + D, dk, rows, T, 3 * D, HD, WIDTHS)
-    _store_head(dz_ptr + 2 * D, dv, rows, T, 3 * D, HD, WIDTHS)
+    for p in tl.static_range(len(WIDTHS)):
+        grad = (dk[p] + ds_sum[:, None] * _load_vector(vectors_ptr, HD, WIDTHS, p, AGAIN)) * scale
+        if GAINS:
+            grad *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, AGAIN)
+        _store_tile(dz_ptr + D, grad, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
+        grad = dv[p]
+        if GAINS:
+            z = _load_tile(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, AGAIN).to(tl.float32)
+            _store_sum(part_ptr, grad * z, chunk, chunks, 3 * D, HD, WIDTHS, p, SHARE)
+            grad *= _load_vector(vectors_ptr + 2 * D, HD, WIDTHS, p, AGAIN)
+        _store_tile(dz_ptr + 2 * D, grad, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
 
 
 # -- for a library's attention ---------------------------------------------------------------------------------------
