@@ -9,8 +9,8 @@
 //   - A may lie in memory any way: it is read one element at a time. It needs no packing, not even to be transposed.
 //   - B is read by whole vectors along n, so its rows must be contiguous over a panel of kPanel columns. The tiles of
 //     one column of C read the same panel of B, which stays in the first-level cache: kDepth·kPanel·4 bytes, 16 KB with
-//     AVX2. Of A they read 4 bytes for 2·kPanel operations, from the second level. Where all of B is that small, the tiles of
-//     one row of C come after one another and A's rows are what stays.
+//     AVX2. Of A they read 4 bytes for 2·kPanel operations, from the second level. Where all of B is that small, the
+//     tiles of one row of C come after one another and A's rows are what stays.
 //
 // Every element of C is a sum over k in its order, cut at multiples of kDepth, wherever its tile lies: the same bits
 // however the rows of C are shared out.
