@@ -5,12 +5,13 @@
 //     A = d^-1/2·dS·z_k   dz_q = g·A   dz_k = dST·(d^-1/2·g·(z_q + b))   dz_v = gamma_v·(PT·do)
 //     db = sum dz_q       dg = sum A·(z_q + b)                           dgamma_v = sum (PT·do)·z_v
 //
-// Nothing is divided by a factor, and no probabilities are kept. The unit of work is one head of one sample: its packed
-// queries, keys and values and a block of its scores stay in the second-level cache, so of main memory only z, o, do and
-// dz are touched, and the products (matmul_kernels.h) take nearly all of the time: 2 of 2·T·T·d operations forward, 5
-// backward. Where there are fewer heads than two for each thread, a unit is a range of queries (forward) or keys
-// (backward); what blocks of keys add to dz_q is then kept apart and added in their order, as within one unit: the bits
-// are the same. The vectors' gradients are summed by block of kKeyRows tokens, then over blocks and samples in order.
+// Nothing is divided by a factor, and no probabilities are kept. The unit of work is one head of one sample: its
+// packed queries, keys and values and a block of its scores stay in the second-level cache, so of main memory only z,
+// o, do and dz are touched, and the products (matmul_kernels.h) take nearly all of the time: 2 of 2·T·T·d operations
+// forward, 5 backward. Where there are fewer heads than two for each thread, a unit is a range of queries (forward) or
+// keys (backward); what blocks of keys add to dz_q is then kept apart and added in their order, as within one unit:
+// the bits are the same. The vectors' gradients are summed by block of kKeyRows tokens, then over blocks and samples
+// in order.
 //
 // softmax_forward, softmax_backward: the softmax between batched products of PyTorch, in place.
 //
@@ -35,7 +36,7 @@ struct Head {
   float scale;  // d^-1/2
 };
 
-constexpr int64_t kKeyRows = 64;  // the keys of a block, backward
+constexpr int64_t kKeyRows = 64;  // keys of a block, backward
 
 }  // namespace difffit
 
@@ -105,7 +106,8 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& z, const Tensor& vect
     E* po = out<E>(o);
     float* plse = out<float>(lse);
     const int64_t blocks = (s.T + kKeyRows - 1) / kKeyRows, parts = s.parts(blocks);
-    for_units(s.units(), parts, DIFFFIT_PICK(attention_forward_room)(s.T, s.d), [&](int64_t u, int64_t p, float* memory) {
+    const int64_t room = DIFFFIT_PICK(attention_forward_room)(s.T, s.d);
+    for_units(s.units(), parts, room, [&](int64_t u, int64_t p, float* memory) {
       kernel(s.head<E>(z, vectors, u), po + s.at(u, 1), plse + u * s.T, s.T * p / parts, s.T * (p + 1) / parts, memory);
     });
   });
@@ -204,7 +206,8 @@ void softmax_backward(const Tensor& dp, const Tensor& p, double scale) {
 STABLE_TORCH_LIBRARY_FRAGMENT(difffit_fast_cpp, m) {
   m.def("attention_forward(Tensor z, Tensor vectors, int num_heads) -> (Tensor, Tensor)");
   m.def(
-      "attention_backward(Tensor do, Tensor z, Tensor vectors, Tensor o, Tensor lse, int num_heads) -> (Tensor, Tensor)");
+      "attention_backward(Tensor do, Tensor z, Tensor vectors, Tensor o, Tensor lse, int num_heads)"
+      " -> (Tensor, Tensor)");
   m.def("softmax_forward(Tensor(a!) scores, float scale) -> ()");
   m.def("softmax_backward(Tensor(a!) dp, Tensor p, float scale) -> ()");
 }

@@ -62,10 +62,10 @@ DF_KERNEL void softmax_backward_rows(G* dp, const T* p, float scale, int64_t row
   for (; t < rows; ++t) softmax_backward_few<1>(dp + t * S, p + t * S, scale, S);
 }
 
-// -- sizes and scratch memory ------------------------------------------------------------------------------------------
-constexpr int64_t kQueryRows = 48;      // rows of scores made at a time, forward
-constexpr int64_t kQueryRowsBackward = 256;  // backward, against kKeyRows keys
-constexpr int64_t kScores = 48 * 1024;  // floats of scores that lie in the second-level cache, forward
+// -- sizes and scratch memory ----------------------------------------------------------------------------------------
+constexpr int64_t kQueryRows = 48;      // queries whose scores are made at a time: fewer, where kScores floats
+constexpr int64_t kScores = 48 * 1024;  // do not hold theirs against all keys, forward
+constexpr int64_t kQueries = 256;       // queries whose gradients of scores are kept, against kKeyRows keys, backward
 
 // The distance of rows of n floats: a whole number of vectors, and an odd one of cache lines, so that the rows of a
 // column do not push each other out of the first-level cache.
@@ -105,7 +105,8 @@ struct HeadVectors {
   }
 };
 
-// The rows of z and o lie pages apart, where no hardware looks ahead.
+// The rows of z lie pages apart, where no hardware looks ahead: without this packing takes twice as long. Looking
+// behind the last row does no harm.
 constexpr int64_t kAhead = 8;
 
 template <class T>
@@ -113,7 +114,7 @@ DF_INLINE void prefetch_row(const T* x, int64_t d) {
   for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(x + c);
 }
 
-// -- packing -------------------------------------------------------------------------------------------------------
+// -- packing ---------------------------------------------------------------------------------------------------------
 // to_t = f(x_t), zero from the end of a row to the end of its last vector.
 template <class T, class F>
 DF_INLINE void pack_rows(const T* x, int64_t stride, float* to, int64_t ld, int64_t rows, int64_t d, F f) {
@@ -155,7 +156,7 @@ DF_KERNEL void pack_transposed(const float* x, int64_t ld, const float* factor, 
   }
 }
 
-// -- forward -------------------------------------------------------------------------------------------------------
+// -- forward ---------------------------------------------------------------------------------------------------------
 // s <- exp(s - max) in every row of n, the inverse of the row's sum, and the logarithm of the sum of exp(s).
 template <int R>
 DF_INLINE void exponentials_few(float* s, int64_t ld, float* inverse, float* lse, int64_t n) {
@@ -242,7 +243,11 @@ inline int64_t attention_forward_room(int64_t tokens, int64_t d) {
   return ForwardRoom(nullptr, tokens, d).scratch.used;
 }
 
-// -- backward ------------------------------------------------------------------------------------------------------
+// -- backward --------------------------------------------------------------------------------------------------------
+// Keys outside, queries inside: the gradients of a block of keys and values are finished with it, at full depth, and
+// only that of the queries is added up in memory. Of the five products only the two that make scores need a transpose,
+// a small one of the block; the other two that read p and ds by columns do so as A, which may lie any way.
+
 // delta_t = sum_c dout·o.
 template <class T>
 DF_KERNEL void row_dots(const T* dout, const T* o, int64_t stride, float* delta, int64_t rows, int64_t d) {
@@ -309,9 +314,9 @@ DF_KERNEL void store_values(const float* x, const float* z, int64_t ld, const fl
 struct BackwardRoom {
   Scratch scratch;
   HeadVectors vectors;
-  float *queries, *outputs, *delta, *dqueries;     // of the head: g·(z_q + b)·d^-1/2, dout, and dS·z_k
-  float *keys, *values, *keys_t, *values_t;        // of a block of keys; values_t with gamma_v
-  float *dkeys, *dvalues, *p, *ds;                 // the last two of some queries and a block of keys
+  float *queries, *outputs, *delta, *dqueries;  // of the head: d^-1/2·g·(z_q + b), dout, and dS·z_k
+  float *keys, *values, *keys_t, *values_t;     // of a block of keys; values_t with gamma_v
+  float *dkeys, *dvalues, *p, *ds;              // of a block of keys; p, ds against kQueries queries
 
   BackwardRoom(float* base, int64_t tokens, int64_t d)
       : scratch{base},
@@ -326,8 +331,8 @@ struct BackwardRoom {
         values_t(scratch.take(panels_size(kKeyRows, d))),
         dkeys(scratch.take(kKeyRows * row_length(d))),
         dvalues(scratch.take(kKeyRows * row_length(d))),
-        p(scratch.take(kQueryRowsBackward * row_length(kKeyRows))),
-        ds(scratch.take(kQueryRowsBackward * row_length(kKeyRows))) {}
+        p(scratch.take(kQueries * row_length(kKeyRows))),
+        ds(scratch.take(kQueries * row_length(kKeyRows))) {}
 };
 
 inline int64_t attention_backward_room(int64_t tokens, int64_t d) {
@@ -354,8 +359,8 @@ DF_INLINE void backward_keys(const Head<T>& h, const T* dout, const T* o, const 
     pack_plain(h.z + 2 * h.D + key * stride, stride, room.values, ld, rows, d);
     pack_transposed(room.keys, ld, nullptr, room.keys_t, rows, d);
     pack_transposed(room.values, ld, room.vectors.value, room.values_t, rows, d);
-    for (int64_t t = 0; t < n; t += kQueryRowsBackward) {
-      const int64_t some = n - t < kQueryRowsBackward ? n - t : kQueryRowsBackward;
+    for (int64_t t = 0; t < n; t += kQueries) {
+      const int64_t some = n - t < kQueries ? n - t : kQueries;
       const float *queries = room.queries + t * ld, *outputs = room.outputs + t * ld;
       for (int64_t i = 0; i < some; i += kQueryRows) {
         const int64_t few = some - i < kQueryRows ? some - i : kQueryRows;
@@ -421,8 +426,8 @@ DF_KERNEL void attention_backward_queries(const Head<T>& h, const float* x, int6
 
 // A whole head.
 template <class T>
-DF_KERNEL void attention_backward_head(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz, float* sums,
-                                       float* memory) {
+DF_KERNEL void attention_backward_head(const Head<T>& h, const T* dout, const T* o, const float* lse, T* dz,
+                                       float* sums, float* memory) {
   BackwardRoom room(memory, h.tokens, h.d);
   const int64_t blocks = (h.tokens + kKeyRows - 1) / kKeyRows;
   backward_keys(h, dout, o, lse, dz, sums, room.dqueries, 0, 0, blocks, room);

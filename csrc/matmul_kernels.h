@@ -1,15 +1,16 @@
-// Products of float32 matrices that lie in a core's cache: C(m×n) (+)= A(m×k)·B(k×n); included once for each instruction
-// set.
+// Products of float32 matrices that lie in a core's cache: C(m×n) (+)= A(m×k)·B(k×n); included once for each
+// instruction set.
 //
 // C is made tile by tile in registers, kTileRows × kTileVectors vectors: 6×16 floats with AVX2. A step in k loads 16
 // floats of B and 6 of A, each spread over a vector, for 12 fused multiply-adds. Zen and Intel cores start two of these
-// and two loads a cycle, so 8 loads hide behind 6 cycles of arithmetic, and 12 independent sums behind its latency. Then
+// and two loads a cycle, so 8 loads hide behind 6 cycles of arithmetic, and 12 independent sums behind its latency.
+// With k = 64 a tile takes 384 cycles, and about 30 more to begin and to be stored.
 //
 //   - A may lie in memory any way: it is read one element at a time. It needs no packing, not even to be transposed.
-//   - B is read by whole vectors along n, so its rows must be contiguous over a panel of kPanel columns. The tiles of one
-//     column of C read the same panel of B, which stays in the first-level cache: kDepth·kPanel·4 = 16 KB with AVX2; of A
-//     they read 4 bytes for 2·kPanel operations, from the second level. Where all of B is that small, the tiles of one
-//     row of C come after one another and A is the one that stays.
+//   - B is read by whole vectors along n, so its rows must be contiguous over a panel of kPanel columns. The tiles of
+//     one column of C read the same panel of B, which stays in the first-level cache: kDepth·kPanel·4 bytes, 16 KB with
+//     AVX2. Of A they read 4 bytes for 2·kPanel operations, from the second level. Where all of B is that small, the
+//     tiles of one row of C come after one another and A's rows are what stays.
 //
 // Every element of C is a sum over k in its order, cut at multiples of kDepth, wherever its tile lies: the same bits
 // however the rows of C are shared out.

@@ -17,7 +17,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
-TESTS = ("ops", "kernels", "cpp_kernels", "residual", "frozen_mlp", "modulation", "colsum", "attention")
+TESTS = (
+    "ops",
+    "kernels",
+    "cpp_kernels",
+    "cpp_attention",
+    "residual",
+    "frozen_mlp",
+    "modulation",
+    "colsum",
+    "attention",
+)
 # Compiled graphs run the same kernels through slow machinery that is not ours; the other rooms have no C++.
 DESELECT = "not compile and not opcheck and not reference and not triton"
 
