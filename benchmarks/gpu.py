@@ -99,12 +99,16 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
     setup = ["-c", report] if tiny else ["{root}/setup.py", "-q", "build", "--build-lib", str(BUILT)]
     grid = ["--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"] if tiny else []
     tests = ["{root}/tests/test_gpu.py"] if tiny else gpu_tests()
-    profile = ["--mode", "fast", "--image-size", "64", "--batch-size", "2"] if tiny else ["--mode", "fast-graph"]
+    profile = (
+        ["--mode", "fast", "--image-size", "64", "--batch-size", "2", "--steps", "2"]
+        if tiny
+        else ["--mode", "fast-graph", "--steps", "3"]
+    )
     return [
         Part("build", setup, 120, 10, strict, vital=True),
         Part("smoke", [*pytest, "{root}/tests/test_gpu_smoke.py"], 60, 15, safe),
         speed(256, 32, 170, 40, HEADLINE),
-        Part("profile", ["profile_step.py", *model, *profile, "--json", str(out / "profile-256px-b32.json")], 45, 15),
+        Part("profile", ["profile_step.py", *model, *profile, "--json", str(out / "profile-256px-b32.json")], 60, 15),
         Part("tests", [*pytest, *tests], 110, 20, safe),
         Part("ops", ["run_all.py", "--device", device, "--out", str(out), *(grid or ["--compile-widths", "1152"]),
                      "--seconds", "{seconds}"], 75, 20),
