@@ -4,10 +4,10 @@
 #   make demo            adapt a small DiT to new images, three ways; a table, a sample grid and a loss plot
 #   make test            the test suite
 #   make lint            ruff, and whether the README says what the measured files say
-#   make bench           benchmarks/speed.py: step time and memory of every mode    (ARGS="--dtype fp32 ...")
+#   make bench           benchmarks/speed.py: step time and memory against the best baselines, three minutes (ARGS="--modes all")
 #   make kernels         registers, spills and shared memory of the Triton kernels, compiled without a GPU
 #   make cuda-compile    compile every CUDA source for sm_80, sm_90a and sm_100, without a GPU
-#   make gpu             the GPU tests and benchmarks, on a machine with one
+#   make gpu             the GPU tests and benchmarks, on a machine with one         (ARGS="--pack results.tgz")
 #   make sanitize        the C++ kernels' tests under AddressSanitizer and UBSan
 #   make wheel           source distribution and, on Linux, manylinux wheel for this Python in dist/, tried without a compiler
 #   make install-matrix  every way to install with pip and uv, with and without a compiler, old and new PyTorch

@@ -1,16 +1,17 @@
 """fc1 with GELU, and fc2's input gradient with GELU's backward: fused by cuBLASLt, unfused, and by torch.compile.
 
-For DiT-XL (D = 1152, N = 4608) and M = 256·{1, 8, 32, 128} rows: median time of each, its spread, TFLOP/s, and the share
+For DiT-XL (D = 1152, N = 4608) and M = 256·{32, 8} rows: median time of each, its spread, TFLOP/s, and the share
 of the plain product's time that is left (``mm`` is the product alone, the floor). Every variant runs from a CUDA graph,
 so that no launch gap is counted; before each timing the L2 cache is overwritten; variants take turns.
 
-    python benchmarks/bench_linear_gelu.py [--dtype bfloat16] [--rounds 30] [--json out.json]
+Everything but torch.compile comes first, since compiling takes longest; the file is written after every table of variants.
+
+    python benchmarks/bench_linear_gelu.py [--dtype bfloat16] [--images 32 8] [--rounds 30] [--json out.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import write_json
 from torch import Tensor
 from torch.nn import functional as F
 
-ROWS = tuple(256 * images for images in (1, 8, 32, 128))
+TOKENS = 256
 FLUSH_BYTES = 256 << 20  # several times any GPU's L2 cache
 
 
@@ -112,11 +114,31 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return times
 
 
+def row_of(operation: str, M: int, D: int, variant: str, times: list[float]) -> dict[str, Any]:
+    low, *_, high = statistics.quantiles(times, n=10)
+    middle = statistics.median(times)
+    flops, moved = (0, 8 * M * D) if operation == "colsum" else (8 * M * D**2, 0)
+    return {
+        "operation": operation, "M": M, "variant": variant, "median_us": middle, "p10": low, "p90": high,
+        "tflops": flops / middle / 1e6, "gbs": moved / middle / 1e3,
+    }  # fmt: skip
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(
+        f"{row['operation']:12} {row['M']:6} {row['variant']:9} {row['median_us']:10.1f} {row['p10']:8.1f} "
+        f"{row['p90']:8.1f} {row['tflops']:8.1f} {row['gbs']:7.0f}",
+        flush=True,
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--width", type=int, default=1152, help="D; the hidden width is 4·D")
+    parser.add_argument("--images", nargs="+", type=int, default=[32, 8], help="M is 256 times each (32 8)")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, help="begin no further table after that time")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -132,26 +154,29 @@ def main() -> int:
     if cuda_ops() is None:
         print("The CUDA sources were not built: the columns cublaslt and cuda are missing.\n")
     print(f"{'operation':12} {'M':>6} {'variant':9} {'median µs':>10} {'10%':>8} {'90%':>8} {'TFLOP/s':>8} {'GB/s':>7}")
-    rows = []
-    for M in ROWS:
-        for operation, calls in variants(M, options.width, getattr(torch, options.dtype)).items():
-            for name, times in measure(calls, options.rounds).items():
-                low, *_, high = statistics.quantiles(times, n=10)
-                middle = statistics.median(times)
-                flops = 0 if operation == "colsum" else 8 * M * options.width**2
-                moved = 8 * M * options.width if operation == "colsum" else 0
-                rows.append(
-                    {"operation": operation, "M": M, "variant": name, "median_us": middle, "p10": low, "p90": high}
-                )
-                print(
-                    f"{operation:12} {M:6} {name:9} {middle:10.1f} {low:8.1f} {high:8.1f} "
-                    f"{flops / middle / 1e6 if flops else 0:8.1f} {moved / middle / 1e3 if moved else 0:7.0f}"
-                )
-    if options.json:
-        record = {"where": where, "date": time.strftime("%Y-%m-%d"), "dtype": options.dtype, "width": options.width}
-        temporary = options.json.with_suffix(".new")
-        temporary.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
-        temporary.replace(options.json)
+    start = time.monotonic()
+    tables: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    record = {"where": where, "date": time.strftime("%Y-%m-%d"), "dtype": options.dtype, "width": options.width}
+    for compiled in (False, True):  # the second time once more in turn with the others, for tables that have it
+        for M in (TOKENS * images for images in options.images):
+            for operation, calls in variants(M, options.width, getattr(torch, options.dtype)).items():
+                if compiled and "compile" not in calls:
+                    continue
+                if options.seconds and time.monotonic() - start > options.seconds:
+                    record.setdefault("left_out", []).append(f"{operation} M={M}{', compiled' if compiled else ''}")
+                    continue
+                if not compiled:
+                    calls.pop("compile", None)
+                try:
+                    times = measure(calls, options.rounds)
+                except RuntimeError as error:  # one table that fails must not lose the others
+                    record.setdefault("failed", {})[f"{operation} M={M}"] = str(error)[:400]
+                    continue
+                tables[operation, M] = table = [row_of(operation, M, options.width, n, t) for n, t in times.items()]
+                for row in table:
+                    print_row(row)
+                if options.json:
+                    write_json(options.json, {**record, "rows": [row for t in tables.values() for row in t]})
     return 0
 
 

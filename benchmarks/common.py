@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import device_name, spread, synchronize
+from machine import device_name, synchronize
+from speed_ratios import spread
 from torch import Tensor
 
 from difffit_fast import _files

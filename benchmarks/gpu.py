@@ -1,13 +1,19 @@
 #!/usr/bin/env python
 """Everything that needs a GPU, in one command: build, tests, step times, kernels, profile. `make gpu` calls it.
 
-Command: python benchmarks/gpu.py [--budget 480] [--out benchmarks/results/<device>] [--parts build tests ...] [--dry-run]
+Command: python benchmarks/gpu.py [--budget 540] [--out FOLDER] [--pack PATH.tgz] [--parts build smoke ...] [--dry-run]
 
 It uses the Python that runs it, with its PyTorch, and no network. Nothing is installed: the package with its extension is
-built into build/gpu, and the parts find it there through PYTHONPATH.
+built into build/gpu, and the parts find it there through PYTHONPATH. A build that fails ends the run (--keep-going does not).
 Every part is a process of its own with a limit of its own, most valuable first, and leaves its files and its line in
 summary.json (status, seconds, end of the log) as soon as it ends: a part that fails or is stopped loses no other's results.
-Parts for which the budget has no time left are skipped, and the summary says so.
+Step times are written after every mode, operations after every size. Parts for which the budget has no time left are
+skipped, and the summary says so. --pack makes one archive of all results so far after every part, with summary.json beside it.
+
+What does not fit one budget is had by a second call, on what the first one built:
+
+    python benchmarks/gpu.py --budget 300 --pack out/gpu.tgz --parts build smoke speed-256px-b32 profile
+    python benchmarks/gpu.py --budget 300 --pack out/gpu.tgz --parts tests ops speed-256px-b8 speed-256px-b32-whole
 
 Exit codes: 0 all parts succeeded or were skipped for want of time, 1 a part failed, 2 there is no GPU.
 """
@@ -20,10 +26,13 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 BUILT = ROOT / "build" / "gpu"  # the package as it would be installed: kernels/ is difffit_fast.kernels there
-DEFAULT_BUDGET = 480.0
+DEFAULT_BUDGET = 540.0
 TAIL_LINES = 40
 PROBE = (
     "import torch; c = torch.cuda.is_available(); "
@@ -41,70 +50,83 @@ PROBE = (
 
 @dataclass
 class Part:
-    """One process: ``limit`` seconds at most at the default budget, not started with less than ``need`` seconds left."""
+    """One process: ``limit`` seconds at most at the default budget, not started with less than ``need`` seconds left.
+
+    Without a ``vital`` part the others would measure something else: they are not run when it fails.
+    """
 
     name: str
     command: list[str]
     limit: float
     need: float
     environment: dict[str, str] = field(default_factory=dict)
+    vital: bool = False
 
 
-def speed_part(out: Path, image: int, batch: int, limit: float, need: float, modes: list[str], *more: str) -> Part:
-    """speed.py at one size; it is told its limit, so that it ends with fewer rounds rather than with nothing."""
-    name = f"speed-{image}px-b{batch}"
-    command = ["speed.py", "--image-size", str(image), "--batch-size", str(batch), "--modes", *modes, "--no-memory"]
-    command += ["--seconds", "{seconds}", "--json", str(out / f"{name}.json"), *more]
-    return Part(name, command, limit, need)
+# What is compiled as a whole takes minutes with DiT-XL/2 and has a part of its own; a block takes seconds.
+HEADLINE = (
+    "fast-graph", "full-graph", "full-blocks", "fast", "frozen-blocks", "full", "frozen", "full-blocks-graph",
+    "frozen-blocks-graph", "frozen-graph", "lora", "full-tf32",
+)  # fmt: skip
+STRONGEST = ("fast-graph", "full-graph", "full-blocks", "fast", "frozen-blocks", "full-blocks-graph", "frozen-graph")
+WHOLE = ("fast-graph", "full-compile", "full-graph", "frozen-compile", "fast-compile")
+FITTING = ("fast-graph", "full-graph")
 
 
-def gpu_parts(out: Path) -> list[Part]:
-    """What runs on a GPU, in the order of its value."""
-    every = [
-        "fast",
-        "full-compile",
-        "fast-graph",
-        "frozen-compile",
-        "full",
-        "frozen",
-        "fast-compile",
-        "lora",
-        "full-tf32",
-    ]
-    some = ["fast", "full-compile", "fast-graph", "frozen-compile", "full"]
-    xl = ["--model", "DiT-XL/2", "--dtype", "bf16", "--device", "cuda"]
-    tests = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations=10"]
+def list_parts(out: Path, tiny: bool = False) -> list[Part]:
+    """What runs on a GPU, in the order of its value; ``tiny``: the same on a CPU, to try the chain, at sizes of no interest."""
+    model = ["--model", "DiT-S/4", "--dtype", "fp32", "--device", "cpu"] if tiny else []
+    model = model or ["--model", "DiT-XL/2", "--dtype", "bf16", "--device", "cuda"]
+    device = "cpu" if tiny else "cuda"
+
+    def speed(
+        image: int, batch: int, limit: float, need: float, modes: Sequence[str], *more: str, tag: str = ""
+    ) -> Part:
+        """speed.py at one size; it is told its limit, so that it ends with fewer rounds rather than with nothing."""
+        name = f"speed-{image}px-b{batch}{tag}"
+        image, batch, modes = (64, 4, (modes[0], "fast", "full")) if tiny else (image, batch, modes)
+        command = ["speed.py", "--image-size", str(image), "--batch-size", str(batch), "--modes", *modes, "--no-memory"]
+        command += [*model, "--seconds", "{seconds}", "--json", str(out / f"{name}.json"), *more]
+        return Part(name, command, limit, need)
+
+    # Safe path: `python -m pytest` would put the source tree, where nothing is built, before PYTHONPATH.
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", *([] if tiny else ["-m", "gpu"])]
+    safe = {"PYTHONSAFEPATH": "1"}
+    strict = {"DIFFFIT_FAST_REQUIRE_EXT": "1", "DIFFFIT_FAST_CUDA": os.environ.get("DIFFFIT_FAST_CUDA", "1")}
+    report = (
+        "import difffit_fast, json; i = difffit_fast.build_info(); print(json.dumps(i, indent=1)); assert i['built']"
+    )
+    setup = ["-c", report] if tiny else ["{root}/setup.py", "-q", "build", "--build-lib", str(BUILT)]
+    grid = ["--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"] if tiny else []
+    tests = ["{root}/tests/test_gpu.py"] if tiny else gpu_tests()
+    profile = (
+        ["--mode", "fast", "--image-size", "64", "--batch-size", "2", "--steps", "2"]
+        if tiny
+        else ["--mode", "fast-graph", "--steps", "3"]
+    )
     return [
-        Part("build", ["{root}/setup.py", "-q", "build", "--build-lib", str(BUILT)], 120, 10),
-        # Safe path: `python -m pytest` would put the source tree, where nothing is built, before PYTHONPATH.
-        Part("tests", [*tests, "{root}/tests"], 110, 20, {"PYTHONSAFEPATH": "1"}),
-        speed_part(out, 256, 32, 150, 40, every, *xl, "--steps", "15"),
-        Part("ops", ["run_all.py", "--device", "cuda", "--out", str(out), "--compile-widths", "1152",
+        Part("build", setup, 120, 10, strict, vital=True),
+        Part("smoke", [*pytest, "{root}/tests/test_gpu_smoke.py"], 60, 15, safe),
+        speed(256, 32, 170, 40, HEADLINE),
+        Part("profile", ["profile_step.py", *model, *profile, "--json", str(out / "profile-256px-b32.json")], 60, 15),
+        Part("tests", [*pytest, *tests], 110, 20, safe),
+        Part("ops", ["run_all.py", "--device", device, "--out", str(out), *(grid or ["--compile-widths", "1152"]),
                      "--seconds", "{seconds}"], 75, 20),
-        speed_part(out, 256, 8, 60, 30, some, *xl, "--steps", "10"),
-        speed_part(out, 256, 128, 80, 40, some, *xl, "--steps", "5", "--inner", "2"),
-        speed_part(out, 512, 8, 60, 40, some, *xl, "--steps", "8"),
-        speed_part(out, 512, 32, 80, 40, some, *xl, "--steps", "5", "--inner", "2"),
-        Part("profile", ["profile_step.py", "--device", "cuda", "--json", str(out / "profile-256px-b32.json")], 40, 15),
-        Part("linear-gelu", ["bench_linear_gelu.py", "--json", str(out / "linear_gelu.json")], 60, 20),
+        speed(256, 8, 80, 30, STRONGEST),
+        speed(256, 128, 100, 40, STRONGEST, "--inner", "2"),
+        speed(512, 8, 80, 40, STRONGEST),
+        speed(512, 32, 100, 40, STRONGEST, "--inner", "2"),
+        speed(256, 32, 240, 150, WHOLE, tag="-whole"),
+        speed(256, 32, 180, 90, FITTING, "--steps", "3", "--equal-memory", *(["1"] if tiny else ["24", "80"]), tag="-fits"),
+        Part("linear-gelu", ["bench_linear_gelu.py", "--seconds", "{seconds}", "--json", str(out / "linear_gelu.json")],
+             60, 20),
     ]  # fmt: skip
 
 
-def cpu_parts(out: Path) -> list[Part]:
-    """The same chain at tiny sizes on a CPU: proof that the script works, not a measurement. Builds nothing."""
-    tiny = ["--model", "DiT-S/8", "--dtype", "fp32", "--device", "cpu", "--steps", "2", "--warmup", "1"]
-    ops = ["--device", "cpu", "--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"]
-    report = "import difffit_fast, json; print(json.dumps(difffit_fast.build_info(), indent=1))"
-    return [
-        Part("build", ["-c", report], 300, 1),
-        Part(
-            "tests", ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "{root}/tests/test_gpu.py"], 300, 1
-        ),
-        speed_part(out, 256, 1, 300, 1, ["fast", "full"], *tiny),
-        Part("ops", ["run_all.py", "--out", str(out), "--seconds", "{seconds}", *ops], 300, 1),
-        Part("profile", ["profile_step.py", *tiny, "--batch-size", "1", "--json", str(out / "profile.json")], 300, 1),
-        Part("linear-gelu", ["bench_linear_gelu.py", "--json", str(out / "linear_gelu.json")], 300, 1),
-    ]
+def gpu_tests() -> list[str]:
+    """The files that have tests for a GPU: collecting all the others takes as long as running these."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(f) for f in files if re.search(r"mark\.gpu|\bROOMS\b", f.read_text()) and f.name != "test_gpu_smoke.py"]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -145,20 +167,46 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def run_parts(parts: list[Part], out: Path, budget: float, head: dict[str, Any]) -> dict[str, Any]:
-    """All parts in order; the summary is written anew after each."""
+def pack_results(out: Path, pack: Path) -> None:
+    """One archive of all results so far, and the summary beside it: what is left if nothing more comes."""
+    pack.parent.mkdir(parents=True, exist_ok=True)
+    beside = pack.with_name(pack.name + ".new")
+    with tarfile.open(beside, "w:gz") as archive:
+        archive.add(out, arcname=out.name)
+    os.replace(beside, pack)
+    shutil.copy(out / "summary.json", pack.with_name("summary.json"))
+
+
+def run_parts(
+    parts: list[Part],
+    out: Path,
+    budget: float,
+    head: dict[str, Any],
+    pack: Path | None = None,
+    keep_going: bool = False,
+) -> dict[str, Any]:
+    """All parts in order; the summary, and the archive if one is wanted, are written anew after each."""
     start = time.monotonic()
     summary: dict[str, Any] = {**head, "budget_s": budget, "parts": {}}
+
+    def write() -> None:
+        write_summary(out / "summary.json", summary)
+        if pack is not None:
+            try:
+                pack_results(out, pack)
+            except OSError as error:  # the results are there all the same
+                print(f"    {pack} not written: {error}", flush=True)
+
     for part in parts:
         left = budget - (time.monotonic() - start)
         need = part.need * min(1.0, budget / DEFAULT_BUDGET)
         if left < need:
             summary["parts"][part.name] = {"status": "skipped", "why": f"{max(left, 0):.0f} s left, {need:.0f} needed"}
-            print(f"{part.name:20} skipped: {max(left, 0):.0f} s left", flush=True)
-            write_summary(out / "summary.json", summary)
+            print(f"{part.name:22} skipped: {max(left, 0):.0f} s left", flush=True)
+            write()
             continue
         seconds = min(left, part.limit * max(1.0, budget / DEFAULT_BUDGET))
-        print(f"{part.name:20} at most {seconds:.0f} s ...", flush=True)
+        print(f"{part.name:22} at most {seconds:.0f} s ...", flush=True)
         began = time.monotonic()
         log = out / "logs" / f"{part.name}.log"
         try:
@@ -171,10 +219,15 @@ def run_parts(parts: list[Part], out: Path, budget: float, head: dict[str, Any])
             "command": " ".join(part.command), "log_tail": tail(log),
         }  # fmt: skip
         summary["wall_s"] = round(time.monotonic() - start, 1)
-        write_summary(out / "summary.json", summary)
-        print(f"{part.name:20} {status}, {took:.0f} s", flush=True)
+        write()
+        print(f"{part.name:22} {status}, {took:.0f} s", flush=True)
         if status != "ok":
             print("    " + "\n    ".join(tail(log)[-12:]), flush=True)
+            if part.vital and not keep_going:
+                summary["stopped"] = f"{part.name} {status}: nothing after it was run (--keep-going runs it)"
+                print(f"\n{summary['stopped']}", flush=True)
+                write()
+                break
     return summary
 
 
@@ -190,17 +243,21 @@ def probe() -> tuple[str, str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="seconds for everything (480)")
+    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="seconds for everything (540)")
     parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results/<device>)")
+    parser.add_argument(
+        "--pack", type=Path, help="a .tgz of all results so far, after every part; summary.json beside it"
+    )
+    parser.add_argument("--keep-going", action="store_true", help="run the other parts although the build failed")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="these only, in the order of the list")
     parser.add_argument("--dry-run", action="store_true", help="list the parts and run nothing")
     parser.add_argument("--cpu-smoke", action="store_true", help="the chain at tiny sizes on the CPU; measures nothing")
     args = parser.parse_args(argv)
     # The folder's name is needed before anything runs; a list of parts needs no device.
     name, torch_version, cuda = ("<device>", "", "") if args.dry_run else probe()
-    folder = "cpu-smoke" if args.cpu_smoke else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    out = (args.out or BENCHMARKS / "results" / folder).resolve()
-    parts = cpu_parts(out) if args.cpu_smoke else gpu_parts(out)
+    default = BENCHMARKS / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    out = (args.out or (ROOT / "build" / "cpu-smoke" if args.cpu_smoke else default)).resolve()
+    parts = list_parts(out, tiny=args.cpu_smoke)
     names = [p.name for p in parts]
     if unknown := set(args.parts or ()) - set(names):
         parser.error(f"no part named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
@@ -210,21 +267,24 @@ def main(argv: list[str] | None = None) -> int:
             p.environment["PYTHONPATH"] = os.pathsep.join([str(BUILT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if args.dry_run:
         for p in parts:
-            print(f"{p.name:20} at most {p.limit:4.0f} s   python {' '.join(p.command)}")
+            print(f"{p.name:22} at most {p.limit:4.0f} s   python {' '.join(p.command)}")
         return 0
     if not name and not args.cpu_smoke:
         print(
             f"There is no CUDA device here (PyTorch {torch_version}), so nothing was measured. --dry-run lists the parts."
         )
         return 2
+    if not args.cpu_smoke and "build" not in [p.name for p in parts] and not BUILT.is_dir():
+        print(f"Nothing is built in {BUILT}: name the part build, too.")
+        return 1
     head = {
         "device": name or "CPU (smoke test, no measurement)", "torch": torch_version, "cuda": cuda,
         "python": sys.version.split()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     print(f"{head['device']}, PyTorch {torch_version}; {args.budget:.0f} s for {len(parts)} parts; results in {out}\n")
-    summary = run_parts(parts, out, args.budget, head)
-    print(f"\nwritten to {out}/summary.json")
+    summary = run_parts(parts, out, args.budget, head, args.pack, args.keep_going)
+    print(f"\nwritten to {out}/summary.json" + (f" and {args.pack}" if args.pack else ""))
     return int(any(p["status"] not in ("ok", "skipped") for p in summary["parts"].values()))
 
 

@@ -5,7 +5,7 @@
     python benchmarks/plots.py --check      # write nothing; fail if the table is not what the files say
 
 The table stands between the lines <!-- speed:begin --> and <!-- speed:end -->: one row for each ``speed*.json`` that
-``speed.py`` wrote. A plot lies beside the file it shows: ``speed*.png`` and ``ops.png``.
+``speed.py`` wrote to its end. A plot lies beside the file it shows: ``speed*.png`` and ``ops.png``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from modes import FROZEN, FULL, OURS
+
 from difffit_fast._files import replacing, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-FULL, FROZEN, OURS = ("full", "full-compile"), ("frozen", "frozen-compile"), ("fast", "fast-compile", "fast-graph")
 COLOURS = {"full": "tab:gray", "frozen": "tab:orange", "lora": "tab:purple", "fast": "tab:blue"}
 
 
@@ -120,8 +121,9 @@ def plot_speed(result: dict[str, Any], path: Path) -> None:
     ]
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.6), layout="constrained")
     axes.barh(names, median, xerr=error, color=[COLOURS.get(n.split("-")[0], "tab:gray") for n in names], capsize=3)
-    axes.axvline(result["floor"]["frozen_ms"], color="black", linestyle="--", linewidth=1)
-    axes.text(result["floor"]["frozen_ms"], 1.01, " floor", fontsize=8, transform=axes.get_xaxis_transform())
+    if "frozen_ms" in result["floor"]:
+        axes.axvline(result["floor"]["frozen_ms"], color="black", linestyle="--", linewidth=1)
+        axes.text(result["floor"]["frozen_ms"], 1.01, " floor", fontsize=8, transform=axes.get_xaxis_transform())
     for i, m in enumerate(median):
         axes.text(0, i, f" {m:.1f}", va="center", color="white", fontsize=9)
     axes.invert_yaxis()
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="fail if the table is out of date; write nothing")
     args = parser.parse_args(argv)
-    speed = load(args.results, "speed*.json")
+    speed = [(path, result) for path, result in load(args.results, "speed*.json") if result.get("complete", True)]
     try:
         text = args.readme.read_text()
         new = insert(text, speed_table(speed, args.readme.resolve().parent))

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from common import environment, write_json
-from modes import MODES, build_mode
-from speed import DTYPES, default_dtype, make_batch, synchronize
+from machine import DTYPES, default_dtype, synchronize
+from modes import MODES, build_mode, make_batch
 from torch.profiler import ProfilerActivity, profile
 
 # The first group one of whose words is in the (lower-case) name of a kernel or operator has it.

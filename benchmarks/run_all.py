@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, complete, exit_code, parser, run_grid, slug
-from speed import device_name
+from machine import device_name
 
 OPS = ("residual", "adaln", "frozen_mlp", "modulation", "colsum", "attention", "frozen_linear")
 

@@ -24,7 +24,6 @@ TESTS = (
     "cpp_attention",
     "residual",
     "frozen_mlp",
-    "modulation",
     "colsum",
     "attention",
 )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import gc
 import json
+import math
 import subprocess
 import sys
+import tarfile
 import time
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +20,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--device", "cpu", "--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"]
+
+
+SMALLEST = dict(
+    input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=3, mlp_ratio=4.0,
+    class_dropout_prob=0.1, num_classes=5, learn_sigma=True,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -114,14 +125,58 @@ def test_gpu_lists_its_parts_and_runs_the_chain_on_the_cpu(tmp_path: Path) -> No
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
     listed = subprocess.run([*script, "--dry-run"], capture_output=True, text=True, check=True).stdout
     names = [line.split()[0] for line in listed.splitlines()]
-    assert names[:4] == ["build", "tests", "speed-256px-b32", "ops"]
-    assert {"speed-256px-b8", "speed-256px-b128", "speed-512px-b8", "speed-512px-b32", "profile"} <= set(names)
-    run = [*script, "--cpu-smoke", "--out", str(tmp_path), "--parts", "build", "linear-gelu"]
+    assert names[:5] == ["build", "smoke", "speed-256px-b32", "profile", "tests"] and names[-1] == "linear-gelu"
+    assert {"speed-256px-b8", "speed-256px-b128", "speed-512px-b8", "speed-512px-b32", "speed-256px-b32-whole"} <= set(
+        names
+    )
+    pack = tmp_path / "packed" / "gpu.tgz"
+    run = [
+        *script,
+        "--cpu-smoke",
+        "--out",
+        str(tmp_path / "out"),
+        "--parts",
+        "build",
+        "linear-gelu",
+        "--pack",
+        str(pack),
+    ]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {n: p["status"] for n, p in summary["parts"].items()} == {"build": "ok", "linear-gelu": "ok"}
     assert "nothing was measured" in summary["parts"]["linear-gelu"]["log_tail"][-1]
+    assert json.loads((pack.parent / "summary.json").read_text()) == summary
+
+
+def test_both_lists_of_parts_have_the_same_names(load, tmp_path: Path) -> None:
+    """What is rehearsed on a CPU is what runs on a GPU."""
+    gpu = load("gpu")
+    real, tiny = gpu.list_parts(tmp_path), gpu.list_parts(tmp_path, tiny=True)
+    assert [p.name for p in real] == [p.name for p in tiny]
+    assert real[0].environment["DIFFFIT_FAST_REQUIRE_EXT"] == "1" and real[0].vital
+    tested = next(p for p in real if p.name == "tests").command
+    assert {"test_gpu.py", "test_ops.py", "test_kernels.py", "test_cuda_kernels.py"} <= {Path(w).name for w in tested}
+
+
+def test_results_are_packed_after_every_part_and_a_failed_build_ends_the_run(load, tmp_path: Path, capsys) -> None:
+    gpu = load("gpu")
+    out, pack = tmp_path / "device", tmp_path / "pack" / "gpu.tgz"
+    packed = f"import tarfile; print(sorted(m.name for m in tarfile.open({str(pack)!r}) if m.isfile()))"
+    parts = [
+        gpu.Part("first", ["-c", "print('one')"], 30, 0),
+        gpu.Part("second", ["-c", packed], 30, 0),
+        gpu.Part("build", ["-c", "print('no compiler'); raise SystemExit(1)"], 30, 0, vital=True),
+        gpu.Part("never", ["-c", "print('wrong')"], 30, 0),
+    ]
+    summary = gpu.run_parts(parts, out, 540, {"device": "none"}, pack)
+    assert summary["parts"]["second"]["log_tail"] == ["['device/logs/first.log', 'device/summary.json']"]
+    assert list(summary["parts"]) == ["first", "second", "build"] and "build failed" in summary["stopped"]
+    assert "no compiler" in capsys.readouterr().out
+    assert json.loads((pack.parent / "summary.json").read_text()) == summary
+    with tarfile.open(pack) as archive:
+        assert "device/logs/build.log" in archive.getnames()
+    assert "never" in gpu.run_parts(parts, out, 540, {"device": "none"}, keep_going=True)["parts"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -141,7 +196,7 @@ def test_a_part_that_fails_hangs_or_does_not_fit_loses_no_other(load, tmp_path: 
         gpu.Part("too long", ["-c", "print('never')"], 30, 1000),
     ]
     start = time.monotonic()
-    summary = gpu.run_parts(parts, tmp_path, 480, {"device": "none"})
+    summary = gpu.run_parts(parts, tmp_path, 540, {"device": "none"})
     assert time.monotonic() - start < 60
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     done = summary["parts"]
@@ -149,6 +204,198 @@ def test_a_part_that_fails_hangs_or_does_not_fit_loses_no_other(load, tmp_path: 
     assert done["fails"]["exit_code"] == 3 and done["fails"]["log_tail"] == ["why"]
     assert done["works"]["log_tail"] == ["here 14"]  # told 0.8 × 30 − 10 of the seconds it has
     assert not (tmp_path / "logs" / "too long.log").exists()
+
+
+# -- step times ------------------------------------------------------------------------------------------------------
+SPEED = ["--device", "cpu", "--dtype", "fp32", "--batch-size", "2", "--no-memory", "--threads", "1"]
+
+
+@pytest.fixture
+def speed_run(load, tmp_path: Path):
+    """A run of speed.py with the smallest model, its results in speed.json."""
+
+    def make(*more: str):
+        args = load("speed").parse([*SPEED, "--json", str(tmp_path / "speed.json"), *more])
+        args.config = SMALLEST
+        return load("speed_run").Run(args)
+
+    return make
+
+
+def test_a_run_is_complete_checked_and_prints_no_carriage_return(speed_run, load, tmp_path: Path, capsys) -> None:
+    result = speed_run("--modes", "full", "frozen", "fast", "fast-graph", "--steps", "4").execute()
+    load("speed_report").print_table(result)
+    said = capsys.readouterr().out
+    assert "\r" not in said and "A first table" in said and "vs_best_full" in said
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert written["complete"] is True and written["steps"] == 4 and written["ratios"]["ours"] == "fast"
+    assert list(written["modes"]) == ["full", "frozen", "fast"] and written["failed"] == {"fast-graph": "needs CUDA"}
+    assert "colsum" in written["choices"] and {"frozen_ms", "full_ms"} <= written["floor"].keys()
+    compared = {name: mode["check"]["gradients_compared"] for name, mode in written["modes"].items()}
+    assert compared["frozen"] == compared["fast"] > compared["full"] > 10  # γ and LayerNorm only where they are
+    assert all(mode["check"]["ok"] and mode["check"]["reference"] == "float64" for mode in written["modes"].values())
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_mode_with_wrong_gradients_gets_no_ratio(speed_run, load, monkeypatch, factor: float) -> None:
+    module, build = load("speed_run"), load("modes").build_mode
+
+    def wrong(name: str, *rest):
+        mode = build(name, *rest)
+        if name == "fast":
+            mode.kind.trainable["blocks.1.mlp.fc1.bias"].register_hook(lambda g: g * factor)
+        return mode
+
+    monkeypatch.setattr(module, "build_mode", wrong)
+    result = speed_run("--modes", "full", "fast", "--steps", "2").execute()
+    if factor == 1:
+        assert result["ratios"]["vs_best_full"]["of"] == "full" and not result["failed"]
+        return
+    assert result["ratios"] == {} and list(result["modes"]) == ["full"] and list(result["without_ratio"]) == ["fast"]
+    assert "1.0e-02 of the gradient of blocks.1.mlp.fc1.bias" in result["failed"]["fast"]
+
+
+def test_running_out_of_memory_in_a_round_drops_only_that_mode(speed_run, load, monkeypatch, tmp_path: Path) -> None:
+    module = load("speed_run")
+    step_of, alive = module.Run.step_of, []
+
+    def failing(self, name: str):
+        if name == "frozen" and len(self.times["frozen"]) == 1:
+            alive.append(weakref.ref(self.kinds["frozen"].model))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step_of(self, name)
+
+    monkeypatch.setattr(module.Run, "step_of", failing)
+    result = speed_run("--modes", "full", "frozen", "fast", "--steps", "3").execute()
+    gc.collect()
+    assert len(alive) == 1 and alive[0]() is None  # its memory is free again
+    assert result["failed"]["frozen"].startswith("in round 2: out of memory")
+    assert {name: mode["rounds"] for name, mode in result["modes"].items()} == {"full": 3, "fast": 3}
+    assert "vs_best_full" in result["ratios"] and "vs_best_frozen" not in result["ratios"]
+
+
+def test_what_was_measured_survives_a_kill(tmp_path: Path) -> None:
+    """The second mode never comes, and the process gets no chance to say anything."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import speed, speed_run
+args = speed.parse({[*SPEED, "--json", str(tmp_path / "speed.json"), "--modes", "full", "fast"]!r})
+args.config = {SMALLEST!r}
+build = speed_run.Run.build
+speed_run.Run.build = lambda self, name: time.sleep(600) if self.built else build(self, name)
+speed_run.Run(args).execute()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        end = time.monotonic() + 200
+        while not (tmp_path / "speed.json").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert written["complete"] is False and list(written["modes"]) == ["full"] and written["ratios"] == {}
+    assert written["modes"]["full"]["step_ms"]["median"] > 0 and written["modes"]["full"]["rounds"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
+
+
+def test_the_time_limit_is_kept(speed_run, load, monkeypatch) -> None:
+    module = load("speed_run")
+    run = speed_run("--modes", "full", "fast", "--seconds", "1e-9")
+    result = run.execute()
+    assert not result["modes"] and all(why.startswith("left out") for why in result["failed"].values())
+    assert result["complete"] and set(result["failed"]) == {"full", "fast", "floor:frozen", "floor:full"}
+
+    # A clock that only steps move: a round of two modes and two floors takes four seconds.
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def timed(step, device, inner) -> float:
+        now[0] += 1
+        return 1.0
+
+    monkeypatch.setattr(module, "timed", timed)
+    monkeypatch.setattr(module, "all_settled", lambda found: False)
+    result = speed_run("--modes", "full", "fast", "--seconds", "30").execute()
+    assert result["stopped"] == "--seconds 30" and result["steps"] == 7 and now[0] == 30  # two alone, seven rounds
+
+
+def test_rounds_end_when_the_ratios_are_settled(speed_run, load, monkeypatch) -> None:
+    monkeypatch.setattr(load("speed_run"), "timed", lambda step, device, inner: 1.0)
+    result = speed_run("--modes", "full", "frozen", "fast").execute()
+    assert result["steps"] == 6 and result["stopped"] == "the ratios are settled"
+    assert result["ratios"]["vs_best_full"]["interval"] == (1.0, 1.0)
+
+
+def test_the_interval_of_a_median(load) -> None:
+    module = load("speed_ratios")
+    assert module.median_interval([1.0, 2, 3, 4, 5]) is None  # the smallest and largest of five: 93.75 %
+    assert module.median_interval([6.0, 1, 3, 2, 5, 4]) == (1, 6)
+    assert module.median_interval([float(v) for v in range(1, 21)]) == (6, 15)  # 95.9 %, from tables of the sign test
+    assert [module.settled(i) for i in (None, (0.9, 1.1), (0.99, 1.01), (1.01, 2), (0.5, 0.99))] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("name", ["full-blocks", "frozen-blocks", "full-compile", "fast-compile"])
+def test_what_should_be_compiled_is(load, monkeypatch, name: str) -> None:
+    """Blocks of all kinds run through the compiler, on the parameters of the model that the other modes train."""
+    modes, check = load("modes"), load("speed_check")
+    seen, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **(k | {"backend": backend})))
+    device, kinds = torch.device("cpu"), {}
+    batch = modes.make_batch(SMALLEST, 2, device)
+    eager, mode = (
+        modes.build_mode(n, SMALLEST, torch.float32, device, batch, kinds) for n in (name.split("-")[0], name)
+    )
+    assert eager.kind is mode.kind
+    eager.step()
+    assert not seen
+    found = check.check(mode, check.make_reference(SMALLEST, 2, device), batch, "fp32")
+    assert found["ok"] and seen, found
+    if name == "full-blocks":
+        assert len(seen) == 1  # one block serves them all
+
+
+def test_the_largest_batch_that_fits(load, monkeypatch) -> None:
+    memory = load("speed_memory")
+    assert memory.largest_batch({4: 600, 8: 1000}, 2000) == 18 and memory.largest_batch({4: 600, 8: 1000}, 100) == 0
+    with pytest.raises(ValueError, match="does not grow"):
+        memory.largest_batch({1: 5, 2: 5}, 100)
+
+    def run_processes(jobs: dict[str, list[str]], together: int, deadline: float) -> dict:
+        ((name, words),) = jobs.items()
+        size = int(words[words.index("--batch-size") + 1])
+        if name == "full":
+            return {name: {"problem": "exit code 1: why"}}
+        if "--cap-bytes" in words and size > 7:
+            return {name: {"problem": "out of memory"}}
+        return {name: {"peak_bytes": size * 10**8, "seconds": 0.5}}
+
+    monkeypatch.setattr(memory, "run_processes", run_processes)
+    args = argparse.Namespace(
+        model="m", image_size=256, num_classes=3, batch_size=4, dtype="fp32", threads=None, equal_memory=[1.0],
+    )  # fmt: skip
+    for device, batch in (("cpu", 10), ("cuda", 7)):  # the line says ten; under the cap only seven run
+        args.device, kept, said = device, [], []
+        found = memory.equal_memory(args, ["full", "fast", "fast-graph"], math.inf, said.append, kept.append)["1"][
+            "modes"
+        ]
+        assert found["full"] == {"problem": "exit code 1: why"} and len(kept) == len(said) == 3
+        assert found["fast"]["batch_size"] == batch and found["fast"]["images_per_second"] == 2 * batch
+        assert (found["fast-graph"]["images_per_second"] is None) == (device == "cpu")
 
 
 # -- the README's table ----------------------------------------------------------------------------------------------
@@ -193,17 +440,11 @@ def test_the_table_and_the_plots_come_from_the_files(load, tmp_path: Path, capsy
 
 # -- the step --------------------------------------------------------------------------------------------------------
 def test_profile_of_a_step(load, tmp_path: Path, monkeypatch) -> None:
-    profile_step, speed = load("profile_step"), load("speed")
-    import argparse
-
-    config = dict(
-        input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=3, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=5, learn_sigma=True,
-    )  # fmt: skip
+    profile_step = load("profile_step")
     args = argparse.Namespace(
         device="cpu",
         mode="fast",
-        config=config,
+        config=SMALLEST,
         dtype="fp32",
         batch_size=2,
         warmup=1,
@@ -218,7 +459,6 @@ def test_profile_of_a_step(load, tmp_path: Path, monkeypatch) -> None:
     joins = next(r for r in result["rows"] if r["name"] == "difffit_fast::residual_adaln")
     assert joins["count"] == 4 and joins["group"] == "ours"  # two in each of two blocks
     profile_step.print_table(result, top=3)
-    assert speed.spread([1.0])["median"] == 1000
 
 
 def test_every_part_of_the_trainers_step_is_timed(load, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``difffit bench``: the speed of a training step, in every mode, on this machine (``benchmarks/speed.py``)."""
+"""``difffit bench``: the speed of a training step, against the best baselines, on this machine (``benchmarks/speed.py``)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--dtype", choices=("fp32", "bf16"))
     parser.add_argument("--device")
-    parser.add_argument("--modes", nargs="+", help="some of the modes that benchmarks/speed.py knows (default: all)")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument(
+        "--modes", nargs="+", help="modes of benchmarks/speed.py, or all (default: ours and the best baselines)"
+    )
+    parser.add_argument("--steps", type=int, help="so many rounds, instead of until the ratios are settled")
+    parser.add_argument("--seconds", type=float, help="time for everything (170); 0: no limit")
     parser.add_argument("--json", metavar="PATH", help="write the measurements there")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand over to ``benchmarks/speed.py``, which measures each mode in a process of its own."""
+    """Hand over to ``benchmarks/speed.py``."""
     script = find_script()
     command = [sys.executable, str(script)]
-    for name in ("model", "image_size", "batch_size", "dtype", "device", "modes", "steps", "json"):
+    for name in ("model", "image_size", "batch_size", "dtype", "device", "modes", "steps", "seconds", "json"):
         value = getattr(args, name)
         if value is not None:
             command += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
