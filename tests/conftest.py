@@ -45,7 +45,15 @@ def _seed() -> None:
 # Files whose tests look at numbers of operations and models. In the others (data, the command line, choosing by the
 # clock, which deterministic mode forbids) memory is left as it comes.
 _POISONED = {
-    *("test_adaln", "test_attention", "test_colsum", "test_dit", "test_fast_dit", "test_frozen_linear", "test_frozen_mlp"),
+    *(
+        "test_adaln",
+        "test_attention",
+        "test_colsum",
+        "test_dit",
+        "test_fast_dit",
+        "test_frozen_linear",
+        "test_frozen_mlp",
+    ),
     *("test_gemm", "test_kernels", "test_cpp_attention", "test_cpp_kernels", "test_ops", "test_residual"),
     *("test_triton_attention", "test_triton_kernels", "test_triton_model", "test_poison"),
 }
