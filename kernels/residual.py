@@ -198,9 +198,9 @@ def _residual_adaln_backward_kernel(
         g = norm_backward(multiply(dh, scale, D, WIDTH), yhat, rstd, D, WIDTH)
         if HAS_DY:
             g = add(g, widen(dy, D, WIDTH), D, WIDTH)
+        store_rows(dx_ptr, g, rows, count, D, WIDTH)
         dgate = multiply_add(g, widen(branch, D, WIDTH), dgate, D, WIDTH)
         dbias = add(dbias, g, D, WIDTH)
-        store_rows(dx_ptr, g, rows, count, D, WIDTH)
         store_rows(dbranch_ptr, multiply(g, gate, D, WIDTH), rows, count, D, WIDTH)
         start += ROWS
     part = tl.program_id(0).to(tl.int64) * D
