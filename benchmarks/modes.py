@@ -83,6 +83,23 @@ def build_mode(
     """Model, fused AdamW and EMA of the trainables, and a function that does one training step."""
     model = _build_model(name, config, dtype, device).to(device).train()
     stored = _stored_bytes(model)
+    forward_backward, update = step_parts(name, model, dtype, device, batch)
+
+    def step() -> None:
+        forward_backward()
+        update()
+
+    if name.endswith("-graph"):
+        from difffit_fast.graph import capture
+
+        step = capture(step)
+    return Mode(step, sum(p.numel() for p in model.parameters() if p.requires_grad), stored)
+
+
+def step_parts(
+    name: str, model: nn.Module, dtype: torch.dtype, device: torch.device, batch: dict[str, Tensor]
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The two halves of a training step: forward and backward; fused AdamW and EMA of the trainables."""
     params = [p for p in model.parameters() if p.requires_grad]
     ema = [p.detach().clone() for p in params]
     graph = name.endswith("-graph")
@@ -92,21 +109,19 @@ def build_mode(
     tf32 = name == "full-tf32"
     autocast = dtype if dtype != torch.float32 and not name.startswith("fast") and not tf32 else None
 
-    def step() -> None:
+    def forward_backward() -> None:
         if tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             out = forward(batch["x"], batch["t"], batch["y"])
         loss = torch.nn.functional.mse_loss(out.float(), batch["target"])
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not graph)
-        torch._foreach_lerp_(ema, params, 1 - EMA_DECAY)
         if tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    if graph:
-        from difffit_fast.graph import capture
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not graph)
+        torch._foreach_lerp_(ema, params, 1 - EMA_DECAY)
 
-        step = capture(step)
-    return Mode(step, sum(p.numel() for p in params), stored)
+    return forward_backward, update
