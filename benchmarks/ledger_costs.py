@@ -166,7 +166,7 @@ def _cat(call: Call) -> list[Launch]:
 
 def product(call: Call, batch: int, m: int, n: int, k: int, bytes: int, name: str | None = None) -> list[Launch]:
     """One product, and where K is split the launch that adds the parts up (float32, left in L2)."""
-    kind = "products" if m * n * k >= 1 << 27 and call.where.startswith("block") else "other products"
+    kind = "products" if min(m, n, k) >= 384 else "other products"  # those of the blocks are the large ones
     of = (batch, m, n, k)
     shape = f"{f'{batch}×' if batch > 1 else ''}{m}×{n}×{k}"
     launches = [Launch(name or call.name, kind, bytes, 2.0 * batch * m * n * k, of, shape=shape)]

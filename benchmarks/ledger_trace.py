@@ -232,7 +232,7 @@ def _cublaslt(recorder: Recorder) -> Any:
 @contextlib.contextmanager
 def pretended_cuda(recorder: Recorder, device: str, choices: dict[str, str]) -> Iterator[None]:
     """What runs on ``_saying(CUDA)`` tensors sees a CUDA device of this kind."""
-    from difffit_fast import kernels
+    from difffit_fast import _rooms, kernels
     from difffit_fast.ops import linear_gelu, probe
 
     capability = CAPABILITY[device]
@@ -242,6 +242,7 @@ def pretended_cuda(recorder: Recorder, device: str, choices: dict[str, str]) -> 
         return chosen
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_rooms.use_kernels("auto"))
 
         def replace(owner: Any, **values: Any) -> None:
             for name, value in values.items():
