@@ -6,6 +6,7 @@
 #   make lint            ruff, and whether the README says what the measured files say
 #   make bench           benchmarks/speed.py: step time and memory against the best baselines, three minutes (ARGS="--modes all")
 #   make kernels         registers, spills and shared memory of the Triton kernels, compiled without a GPU
+#   make ledger          every launch of a training step with its bytes and predicted time, without a GPU (ARGS="--check")
 #   make cuda-compile    compile every CUDA source for sm_80, sm_90a and sm_100, without a GPU
 #   make gpu             the GPU tests and benchmarks, on a machine with one         (ARGS="--pack results.tgz")
 #   make sanitize        the C++ kernels' tests under AddressSanitizer and UBSan
@@ -24,7 +25,7 @@ endif
 STAMP   := build/stamps/$(shell echo "$(abspath $(PY))" | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml scripts/bootstrap.sh $(wildcard csrc/*.* csrc/cuda/*.*)
 
-.PHONY: demo test lint bench kernels cuda-compile gpu sanitize wheel install-matrix install clean distclean
+.PHONY: demo test lint bench kernels ledger cuda-compile gpu sanitize wheel install-matrix install clean distclean
 .DEFAULT_GOAL := install
 
 .venv/.created:
@@ -53,6 +54,9 @@ bench: $(STAMP)
 
 kernels: $(STAMP)
 	$(PY) benchmarks/kernel_resources.py $(ARGS)
+
+ledger: $(STAMP)
+	$(PY) benchmarks/ledger.py --blocks $(ARGS)
 
 cuda-compile: $(STAMP)
 	$(PY) scripts/cuda_compile.py $(ARGS)

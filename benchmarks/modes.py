@@ -128,9 +128,7 @@ class Kind:
         self._stored: int | None = None
 
     def optimizer(self, capturable: bool) -> torch.optim.Optimizer:
-        lr = torch.tensor(1e-4, device=self.device) if capturable else 1e-4
-        params = list(self.trainable.values())
-        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True, capturable=capturable)
+        optimizer = make_optimizer(list(self.trainable.values()), self.device, capturable)
         optimizer.state = self.state
         return optimizer
 
@@ -192,6 +190,39 @@ def _by_blocks(model: nn.Module) -> nn.Module:
     return twin
 
 
+def make_optimizer(params: list[Tensor], device: torch.device, capturable: bool = False) -> torch.optim.Optimizer:
+    lr = torch.tensor(1e-4, device=device) if capturable else 1e-4
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True, capturable=capturable)
+
+
+def step_parts(
+    forward: Callable[..., Tensor],
+    optimizer: torch.optim.Optimizer,
+    ema: list[Tensor],
+    params: list[Tensor],
+    autocast: torch.dtype | None,
+    batch: dict[str, Tensor],
+    last: dict[str, Tensor],
+    cache_casts: bool = True,
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The two halves of a training step: forward and backward; fused AdamW and EMA. The output is left in ``last``."""
+    device = batch["x"].device.type
+
+    def forward_backward() -> None:
+        optimizer.zero_grad(set_to_none=True)  # in a graph, too: gradients live in its pool and nothing is added up
+        with torch.autocast(device, dtype=autocast, enabled=autocast is not None, cache_enabled=cache_casts):
+            out = forward(batch["x"], batch["t"], batch["y"])
+        loss = torch.nn.functional.mse_loss(out.float(), batch["target"])
+        loss.backward()
+        last["output"] = out.detach()
+
+    def update() -> None:
+        optimizer.step()
+        torch._foreach_lerp_(ema, params, 1 - EMA_DECAY)
+
+    return forward_backward, update
+
+
 def build_mode(
     name: str,
     config: dict[str, Any],
@@ -208,21 +239,17 @@ def build_mode(
     forward: Callable[..., Tensor] = _by_blocks(kind.model) if "blocks" in how else kind.model
     if "compile" in how:
         forward = torch.compile(kind.model)
-    optimizer, params = kind.optimizer(graph), list(kind.trainable.values())
     autocast = dtype if dtype != torch.float32 and kind_of(name) != "fast" and not tf32 else None
-    last: dict[str, Tensor] = {}
+    params, last = list(kind.trainable.values()), {}
+    forward_backward, update = step_parts(
+        forward, kind.optimizer(graph), kind.ema, params, autocast, batch, last, cache_casts=not graph
+    )
 
     def step() -> None:
         if tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        optimizer.zero_grad(set_to_none=True)  # in a graph, too: gradients live in its pool and nothing is added up
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=not graph):
-            out = forward(batch["x"], batch["t"], batch["y"])
-        loss = torch.nn.functional.mse_loss(out.float(), batch["target"])
-        loss.backward()
-        optimizer.step()
-        torch._foreach_lerp_(kind.ema, params, 1 - EMA_DECAY)
-        last["output"] = out.detach()
+        forward_backward()
+        update()
         if tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 

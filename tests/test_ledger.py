@@ -1,0 +1,191 @@
+"""The ledger counts what the step launches, to the launch: a copy that slips in fails here. It predicts and measures nothing.
+
+A change that launches more or less on purpose changes the numbers below, and ``benchmarks/ledger.py --markdown`` the docs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPTH, BATCH = 4, 8  # blocks 0 and 1 have γ on qkv, 2 and 3 have not
+# Launches, and MB read and written, by part of the model: D = 1152, 256 tokens, batch 8, preset "paper".
+PINNED = {
+    "stem and vectors": (136, 342.2),
+    "block 0 forward": (15, 249.6),
+    "block 1 forward": (15, 249.6),
+    "block 2 forward": (12, 221.1),
+    "block 3 forward": (12, 221.1),
+    "head and loss": (13, 13.1),
+    "block 3 backward": (18, 310.9),  # the last: its output has no other use
+    "block 2 backward": (18, 320.3),
+    "block 1 backward": (23, 353.6),
+    "block 0 backward": (23, 353.6),
+    "optimizer and EMA": (4, 50.4),
+}
+PINNED_XL = {"launches": 1262, "forward and backward": 1245, "gigabytes": 61.65}  # DiT-XL/2, 256 px, batch 32
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Any:
+    """The modules of the ledger, imported as the scripts do among themselves."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("ledger", "ledger_costs", "ledger_docs", "ledger_fusion", "ledger_step", "ledger_trace")
+    yield SimpleNamespace(**{n.removeprefix("ledger_"): importlib.import_module(n) for n in names})
+    patch.undo()
+
+
+def config(**more: Any) -> dict[str, Any]:
+    return dict(depth=DEPTH, hidden_size=1152, num_heads=16, **more)
+
+
+@pytest.fixture(scope="module")
+def found(ledger) -> list[Any]:
+    return ledger.step.step("fast", config(), BATCH)[0]
+
+
+# -- what is counted -------------------------------------------------------------------------------------------------
+def test_launches_and_bytes_of_every_part(found) -> None:
+    launches, bytes = Counter(), Counter()
+    for one in found:
+        launches[one.where] += one.count
+        bytes[one.where] += one.bytes
+    assert {where: (launches[where], round(bytes[where] / 1e6, 1)) for where in launches} == PINNED
+
+
+@pytest.mark.slow
+def test_launches_of_the_whole_model(ledger) -> None:
+    about = ledger.step.summary(*ledger.step.step("fast", ledger.step.config_of("DiT-XL/2", 256), 32))
+    assert about["launches"] == PINNED_XL["launches"]
+    assert about["forward and backward"]["launches"] == PINNED_XL["forward and backward"]
+    assert about["gigabytes"] == pytest.approx(PINNED_XL["gigabytes"], abs=0.005)
+    linear, attention = 4 * 12 * 1152**2 * 32 * 256 * 28, 14 * 256**2 * 1152 * 32 * 28  # forward and backward
+    assert about["teraflop"] == pytest.approx((linear + attention) / 1e12, rel=0.005)  # and what is outside the blocks
+
+
+def test_a_copy_that_slips_in_is_seen(ledger) -> None:
+    def careless(model: nn.Module) -> None:
+        block = model._block
+        model._block = lambda which, x, h, *joints: block(which, x, h.clone(), *joints)
+
+    def count(change: Any) -> int:
+        calls = ledger.trace.trace_step("fast", config(), BATCH, change=change).calls
+        return sum(one.count for one in ledger.costs.launches(calls))
+
+    assert count(careless) == count(None) + DEPTH
+
+
+def test_bytes_of_the_kernels_are_those_of_their_formulas(found) -> None:
+    """Bytes per element, (B, T, D), besides vectors: bfloat16 branches, float32 residual stream."""
+    elements = BATCH * 256 * 1152
+    per_element = {
+        "adaln_forward": 6, "residual_adaln_forward": 12, "residual_adaln_backward": 18, "adaln_backward": 10,
+        "gelu_forward": 16, "gelu_backward": 24, "qkv_scale": 12, "qkv_backward": 16, "colsum": 2,
+    }  # fmt: skip
+    seen = {one.name: one.bytes / elements for one in reversed(found) if one.where != "head and loss"}
+    seen["residual_adaln_backward"] = max(o.bytes / elements for o in found if o.name == "residual_adaln_backward")
+    for name, expected in per_element.items():
+        assert expected <= seen[name] <= expected + 0.2, name
+
+
+def test_gradients_that_are_kept_are_added_to(ledger, found) -> None:
+    kept = ledger.step.step("fast-graph", config(), BATCH)[0]
+    trainable, cleared = 50, 1  # tensors of this model; launches that zero them
+    assert sum(one.count for one in kept) - sum(one.count for one in found) == trainable + cleared
+
+
+# -- what it costs ---------------------------------------------------------------------------------------------------
+def test_what_no_table_knows_is_an_error_that_names_it(ledger) -> None:
+    call = ledger.trace.Call("fft", False, {}, [], "head and loss")
+    kernel = ledger.trace.Call("new_kernel", True, {}, [], "head and loss")
+    with pytest.raises(LookupError, match="fft, new_kernel"):
+        ledger.costs.launches([call, kernel])
+
+
+def test_a_kernel_argument_that_is_not_declared_is_an_error(ledger) -> None:
+    tensor = ledger.trace.Spec((4,), torch.float32, 16, True, 0)
+    call = ledger.trace.Call("gelu_forward", True, {"u": tensor, "g": tensor, "mask": tensor}, [], "head and loss")
+    with pytest.raises(LookupError, match="mask"):
+        ledger.costs.launches([call])
+
+
+@pytest.mark.slow
+def test_predictions_grow_with_the_batch(ledger) -> None:
+    for mode, batches in (("fast", (8, 32, 128)), ("full", (8, 32))):
+        about = [ledger.step.summary(*ledger.step.step(mode, config() | {"depth": 1}, b)) for b in batches]
+        for smaller, larger in pairwise(about):
+            assert smaller["gigabytes"] < larger["gigabytes"]
+            assert all(smaller["ms"][device] < larger["ms"][device] for device in ("h100", "h200"))
+        assert all(one["ms"]["h200"] < one["ms"]["h100"] for one in about)
+
+
+def test_multi_tensor_launches(ledger) -> None:
+    """36 tensors or 320 blocks of 65536 elements a launch of fused AdamW."""
+
+    def launches(sizes: list[int]) -> int:
+        specs = [ledger.trace.Spec((n,), torch.float32, 4 * n, True, i) for i, n in enumerate(sizes)]
+        lists = dict.fromkeys(("self", "grads", "exp_avgs", "exp_avg_sqs"), specs)
+        (one,) = ledger.costs.launches([ledger.trace.Call("_fused_adamw_", False, lists, [], "optimizer and EMA")])
+        assert one.bytes == 7 * 4 * sum(sizes)
+        return one.count
+
+    assert [launches([10] * n) for n in (36, 37, 72)] == [1, 2, 2]
+    assert [launches([65536 * n]) for n in (320, 321)] == [1, 2]
+
+
+def test_a_choice_that_is_asked_for_is_taken(ledger) -> None:
+    choices = {"linear_gelu": "cublaslt", "dgelu_dgrad": "cublaslt"}
+    trace = ledger.trace.trace_step("fast", config() | {"depth": 1}, BATCH, choices=choices)
+    names = Counter(call.name for call in trace.calls)
+    assert trace.choices == choices
+    assert names["cublaslt_linear_gelu"] == names["cublaslt_dgelu_dgrad"] == 1
+    assert not names["gelu_forward"] and not names["gelu_backward"]
+
+
+def test_fusion_leaves_the_passes_that_are_written_by_hand(ledger) -> None:
+    """In a block of full fine-tuning: residual with LayerNorm, 12 bytes an element, and GELU, 4 on 4D."""
+    trace = ledger.trace.trace_step("full", config() | {"depth": 3}, BATCH)
+    elements = BATCH * 256 * 1152
+    passes = [
+        one.bytes / elements
+        for one in ledger.fusion.compiled(trace.calls)
+        if one.where == "block 1 forward" and one.name == "fused pass" and one.shape.startswith(f"{BATCH}×256")
+    ]
+    assert sorted(passes) == [pytest.approx(12, abs=0.1), pytest.approx(12, abs=0.1), pytest.approx(16)]
+    eager = ledger.costs.launches(trace.calls)
+    left = ledger.fusion.compiled(trace.calls)
+    assert sum(one.count for one in left) < sum(one.count for one in eager)
+    assert sum(one.bytes for one in left) < sum(one.bytes for one in eager)
+    assert sum(one.flops for one in left) == sum(one.flops for one in eager)
+
+
+# -- what is written -------------------------------------------------------------------------------------------------
+def test_text_and_json_say_predicted(ledger, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    assert ledger.ledger.main(["--depth", "2", "--batch-size", "8", "--blocks", "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert "predicted, not measured" in text and record["predicted"] is True
+    assert record["sums"]["launches"] == sum(one["count"] for one in record["launches"])
+
+
+def test_the_docs_are_about_this_code(ledger) -> None:
+    """The tables carry the counts pinned here; ``--check``, which takes a minute, compares all of them."""
+    page = ledger.docs.PAGE.read_text(encoding="utf-8")
+    assert page.count(f"→ {PINNED_XL['launches']} |") == len(ledger.docs.PROBLEMS) * len(ledger.docs.GPUS)
+    assert json.loads(ledger.docs.BEFORE.read_text(encoding="utf-8"))["predicted"] is True
+    with pytest.raises(ValueError, match="ledger:begin step"):
+        ledger.docs.insert("no markers", "step", "")
