@@ -379,6 +379,20 @@ def _columns(args: dict[str, Any]) -> Fraction:
     return Fraction(args["N"], args["STRIDE"])
 
 
+def _attention_flops(products: int) -> Callable[[dict[str, Any]], float]:
+    """Of so many products of T × T with the channels of z (B, T, 3D)."""
+    return lambda args: products * 2.0 * args["z"].shape[0] * args["z"].shape[1] ** 2 * args["z"].shape[2] / 3
+
+
+def _ours(backward: int) -> Callable[[dict[str, Any]], tuple[str, int, int]]:
+    return lambda args: ("triton", backward, args["z"].shape[1])
+
+
+def _thirds_read(args: dict[str, Any]) -> Fraction:
+    """Of z, for the sums: the query and the value third where there is γ, none otherwise."""
+    return Fraction(2, 3) if args["GAINS"] else Fraction(0)
+
+
 _FINISH = {f"out{i}": (lambda args, i=i: int(i < args["SUMS"])) for i in range(4)}  # the rest are padding
 
 KERNELS: dict[str, Kernel] = {
@@ -392,9 +406,19 @@ KERNELS: dict[str, Kernel] = {
     ),
     "gelu_forward": Kernel("GELU", "u", "g"),
     "gelu_backward": Kernel("GELU", "dg u", "du", "db"),
-    "qkv_scale": Kernel("qkv", "qkv gamma bias", "", part={"qkv": 2}),  # in place: read and written
-    "qkv_backward": Kernel("qkv", "dqkv qkv gamma", "dz", "grad product", part={"qkv": Fraction(2, 3)}),
-    "qkv_finish": Kernel("sums", "gamma", "dbias dgamma", "grad product"),
+    "attention_forward": Kernel("attention", "z vectors", "o lse", flops=_attention_flops(2), attention=_ours(0)),
+    "attention_dq": Kernel(
+        "attention", "do z vectors o lse", "delta dz", "part", {"dz": Fraction(1, 3)}, _attention_flops(3), _ours(1)
+    ),
+    "attention_dkdv": Kernel(
+        "attention", "do z vectors lse delta", "dz", "part", {"dz": Fraction(2, 3)}, _attention_flops(4), _ours(1)
+    ),
+    "scale_qkv": Kernel("attention", "z vectors", "qkv"),
+    "pack_dqkv": Kernel("attention", "dq dk dv z vectors", "dz", "part", {"z": _thirds_read}),
+    "modulation_forward": Kernel("vectors", "m bias norm gamma beta", "vectors"),
+    "modulation_backward": Kernel(
+        "vectors", "dvectors m bias norm gamma beta", "dm dbias dnorm dgamma dbeta", part={"m": Fraction(2, 3)}
+    ),
     "colsum": Kernel("sums", "x", "", "out", part={"x": _columns}),
     "finish": Kernel("sums", "", "out0 out1 out2 out3", "part0 part1 part2 part3", part=_FINISH),
 }

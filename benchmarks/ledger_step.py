@@ -12,7 +12,7 @@ from difffit_fast.models.sizes import model_sizes
 
 MODES = ("fast", "fast-graph", "full", "frozen")
 KINDS = (
-    "products", "attention", "joins", "GELU", "qkv", "sums", "other products", "element-wise", "small", UPDATE,
+    "products", "attention", "joins", "GELU", "qkv", "vectors", "sums", "other products", "element-wise", "small", UPDATE,
 )  # fmt: skip
 
 

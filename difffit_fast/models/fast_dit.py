@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import DiffFitError
 from ..ops._register import frozen_weight_error
 from ..ops.adaln import adaln
-from ..ops.attention import BACKENDS, qkv_vectors
+from ..ops.attention import BACKENDS
 from ..ops.block import block as run_block
 from ..ops.frozen_linear import frozen_linear
 from ..ops.gemm import keep_packed
@@ -237,24 +237,35 @@ class FastDiffFitDiT(DiT):
         blocks, d = self.blocks, self.hidden_size
         if not blocks:
             return Biases([], (), (), self.pos_embed.new_zeros(0, d, dtype=torch.float32))
-        query, _, value = torch.stack([b.attn.qkv.bias for b in blocks]).view(-1, 3, d).unbind(1)
-        qkv = [bias[None, None] for bias in query.unbind()]
-        scaled = [i for i, b in enumerate(blocks) if b.attn.gamma1 is not None]
-        if scaled:
-            gamma = torch.stack([blocks[i].attn.gamma1 for i in scaled])
-            some = query if len(scaled) == len(blocks) else torch.stack([query[i] for i in scaled])
-            values: list[Tensor | None] = [None] * len(blocks)
-            for i, vectors, gamma_v in zip(
-                scaled, qkv_vectors(some, gamma).split(1), gamma[:, 2 * d :].unbind(), strict=True
-            ):
-                qkv[i], values[i] = vectors, gamma_v
-            value = value * self._or_one(values)
+        # Those with γ first, so that a split parts them: one copy in the backward, however many layers there are.
+        order = sorted(range(len(blocks)), key=lambda i: blocks[i].attn.gamma1 is None)
+        query, _, value = torch.stack([blocks[i].attn.qkv.bias for i in order]).view(-1, 3, d).unbind(1)
+        gammas = [g for g in (blocks[i].attn.gamma1 for i in order) if g is not None]
+        vectors, value = self._with_gamma(query, value, gammas)
+        if order != sorted(order):
+            value = torch.stack([value[order.index(i)] for i in range(len(blocks))])
+        qkv = [vectors[order.index(i)] for i in range(len(blocks))]
         # The value bias passes through the attention unchanged: it is added behind it, as a part of proj's.
         moved = torch.bmm(self._proj_weight.to(dtype), value.to(dtype)[:, :, None])[:, :, 0]
         proj = torch.stack([b.attn.proj.bias for b in blocks]) + moved
         fc2 = torch.stack([b.mlp.fc2.bias for b in blocks])
         fc1 = torch.stack([b.mlp.fc1.bias for b in blocks])
         return Biases(qkv, fc1.unbind(), fc1.detach().to(dtype).unbind(), torch.stack([proj, fc2], 1).flatten(0, 1))
+
+    def _with_gamma(self, query: Tensor, value: Tensor, gammas: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """What acts on qkv in each block, and the value biases times their γ; the first ``len(gammas)`` blocks have one."""
+        n, d = len(gammas), self.hidden_size
+        if not n:
+            return list(query[:, None].split(1)), value
+        gamma_q, gamma_k, gamma_v = torch.stack(gammas).view(n, 3, d).unbind(1)
+        rest = len(query) - n
+        (query, plain), (value, others) = query.split([n, rest]), value.split([n, rest])
+        vectors = list(torch.stack([query, gamma_q * gamma_k, gamma_v], 1).split(1))
+        value = value * gamma_v
+        if rest:
+            vectors += plain[:, None].split(1)
+            value = torch.cat([value, others])
+        return vectors, value
 
     # -- construction --------------------------------------------------------------------------------------------------
     @classmethod
