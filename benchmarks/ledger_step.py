@@ -51,7 +51,7 @@ def summary(found: list[Launch], host_ms: float, devices: tuple[str, ...] = ("h1
         **sums(found),
         "host_ms": host_ms,
         "forward and backward": sums([one for one in found if one.where != UPDATE]),
-        "kinds": {kind: about for kind, about in kinds.items() if about["launches"]},
+        "kinds": {kind: about for kind, about in kinds.items() if about["launches"] or about["gigabytes"]},
     }
 
 

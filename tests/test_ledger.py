@@ -153,6 +153,9 @@ def test_a_choice_that_is_asked_for_is_taken(ledger) -> None:
     assert trace.choices == choices
     assert names["cublaslt_linear_gelu"] == names["cublaslt_dgelu_dgrad"] == 1
     assert not names["gelu_forward"] and not names["gelu_backward"]
+    about = ledger.step.summary(ledger.costs.launches(trace.calls), 0.0)  # the epilogues are no launch, and not free
+    assert about["kinds"]["GELU"]["launches"] == 0 and about["kinds"]["GELU"]["ms"]["h200"] > 0
+    assert sum(kind["ms"]["h200"] for kind in about["kinds"].values()) == pytest.approx(about["ms"]["h200"])
 
 
 def test_fusion_leaves_the_passes_that_are_written_by_hand(ledger) -> None:
