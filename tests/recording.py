@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from difffit_fast.models.dit import LabelEmbedder
 
@@ -74,7 +74,9 @@ class _Recording(NoWaiting):
             return out
         given = {_memory(t) for t in _tensors((args, kwargs))}
         fresh = [None if _memory(t) in given or not t.numel() else t.detach() for t in _tensors(out)]
-        self.calls.append((func, args, kwargs or {}, fresh))
+        # The memory itself: a parameter that is given other memory later must not be followed.
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))
+        self.calls.append((func, args, kwargs, fresh))
         return out
 
 
