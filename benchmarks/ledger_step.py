@@ -10,9 +10,9 @@ from ledger_trace import UPDATE, trace_step
 
 from difffit_fast.models.sizes import model_sizes
 
-MODES = ("fast", "fast-graph", "full", "frozen")
+MODES = ("fast", "full", "frozen")
 KINDS = (
-    "products", "attention", "joins", "GELU", "qkv", "vectors", "sums", "other products", "element-wise", "small", UPDATE,
+    "products", "attention", "joins", "GELU", "vectors", "sums", "other products", "element-wise", "small", UPDATE,
 )  # fmt: skip
 
 

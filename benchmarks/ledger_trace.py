@@ -328,8 +328,9 @@ def trace_step(
             params = [p for p in model.parameters() if p.requires_grad]
             autocast = None if mode.startswith("fast") else torch.bfloat16
             ema = [torch.empty_like(p) for p in params]
-            optimizer = make_optimizer(params, torch.device("cpu"))
-            forward_backward, update = step_parts(model, optimizer, ema, params, autocast, data, {})
+            cpu = torch.device("cpu")  # for PyTorch's dispatcher and autocast, whatever the tensors say
+            optimizer = make_optimizer(params, cpu)
+            forward_backward, update = step_parts(model, optimizer, ema, params, autocast, cpu, data, {})
             for p in model.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
             update()  # the optimizer makes its state

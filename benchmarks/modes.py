@@ -201,16 +201,16 @@ def step_parts(
     ema: list[Tensor],
     params: list[Tensor],
     autocast: torch.dtype | None,
+    device: torch.device,
     batch: dict[str, Tensor],
     last: dict[str, Tensor],
     cache_casts: bool = True,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The two halves of a training step: forward and backward; fused AdamW and EMA. The output is left in ``last``."""
-    device = batch["x"].device.type
 
     def forward_backward() -> None:
         optimizer.zero_grad(set_to_none=True)  # in a graph, too: gradients live in its pool and nothing is added up
-        with torch.autocast(device, dtype=autocast, enabled=autocast is not None, cache_enabled=cache_casts):
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=cache_casts):
             out = forward(batch["x"], batch["t"], batch["y"])
         loss = torch.nn.functional.mse_loss(out.float(), batch["target"])
         loss.backward()
@@ -242,7 +242,7 @@ def build_mode(
     autocast = dtype if dtype != torch.float32 and kind_of(name) != "fast" and not tf32 else None
     params, last = list(kind.trainable.values()), {}
     forward_backward, update = step_parts(
-        forward, kind.optimizer(graph), kind.ema, params, autocast, batch, last, cache_casts=not graph
+        forward, kind.optimizer(graph), kind.ema, params, autocast, device, batch, last, cache_casts=not graph
     )
 
     def step() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+
+from difffit_fast.models import fast_dit
 
 pytest.importorskip("triton")
 
@@ -23,19 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 DEPTH, BATCH = 4, 8  # blocks 0 and 1 have γ on qkv, 2 and 3 have not
 # Launches, and MB read and written, by part of the model: D = 1152, 256 tokens, batch 8, preset "paper".
 PINNED = {
-    "stem and vectors": (136, 342.2),
-    "block 0 forward": (15, 249.6),
-    "block 1 forward": (15, 249.6),
-    "block 2 forward": (12, 221.1),
-    "block 3 forward": (12, 221.1),
+    "stem and vectors": (86, 303.1),
+    "block 0 forward": (8, 221.1),
+    "block 1 forward": (8, 221.1),
+    "block 2 forward": (8, 221.1),
+    "block 3 forward": (8, 221.1),
     "head and loss": (13, 13.1),
-    "block 3 backward": (18, 310.9),  # the last: its output has no other use
-    "block 2 backward": (18, 320.3),
-    "block 1 backward": (23, 353.6),
-    "block 0 backward": (23, 353.6),
+    "block 3 backward": (10, 297.1),  # the last: its output has no other use
+    "block 2 backward": (10, 306.6),
+    "block 1 backward": (10, 306.6),
+    "block 0 backward": (10, 306.6),
     "optimizer and EMA": (4, 50.4),
 }
-PINNED_XL = {"launches": 1262, "forward and backward": 1245, "gigabytes": 61.65}  # DiT-XL/2, 256 px, batch 32
+PINNED_XL = {"launches": 620, "forward and backward": 603, "gigabytes": 55.60}  # DiT-XL/2, 256 px, batch 32
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +73,19 @@ def test_launches_of_the_whole_model(ledger) -> None:
     assert about["launches"] == PINNED_XL["launches"]
     assert about["forward and backward"]["launches"] == PINNED_XL["forward and backward"]
     assert about["gigabytes"] == pytest.approx(PINNED_XL["gigabytes"], abs=0.005)
-    linear, attention = 4 * 12 * 1152**2 * 32 * 256 * 28, 14 * 256**2 * 1152 * 32 * 28  # forward and backward
+    # Forward and backward; of attention's products two are made twice.
+    linear, attention = 4 * 12 * 1152**2 * 32 * 256 * 28, 18 * 256**2 * 1152 * 32 * 28
     assert about["teraflop"] == pytest.approx((linear + attention) / 1e12, rel=0.005)  # and what is outside the blocks
 
 
-def test_a_copy_that_slips_in_is_seen(ledger) -> None:
-    def careless(model: nn.Module) -> None:
-        block = model._block
-        model._block = lambda which, x, h, *joints: block(which, x, h.clone(), *joints)
-
-    def count(change: Any) -> int:
-        calls = ledger.trace.trace_step("fast", config(), BATCH, change=change).calls
+def test_a_copy_that_slips_in_is_seen(ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        calls = ledger.trace.trace_step("fast", config(), BATCH).calls
         return sum(one.count for one in ledger.costs.launches(calls))
 
-    assert count(careless) == count(None) + DEPTH
+    before, block = count(), fast_dit.run_block
+    monkeypatch.setattr(fast_dit, "run_block", lambda x, h, *args, **more: block(x, h.clone(), *args, **more))
+    assert count() == before + DEPTH
 
 
 def test_bytes_of_the_kernels_are_those_of_their_formulas(found) -> None:
@@ -93,18 +93,12 @@ def test_bytes_of_the_kernels_are_those_of_their_formulas(found) -> None:
     elements = BATCH * 256 * 1152
     per_element = {
         "adaln_forward": 6, "residual_adaln_forward": 12, "residual_adaln_backward": 18, "adaln_backward": 10,
-        "gelu_forward": 16, "gelu_backward": 24, "qkv_scale": 12, "qkv_backward": 16, "colsum": 2,
+        "gelu_forward": 16, "gelu_backward": 24, "attention_forward": 8, "attention_dq": 12, "attention_dkdv": 12, "colsum": 2,
     }  # fmt: skip
     seen = {one.name: one.bytes / elements for one in reversed(found) if one.where != "head and loss"}
     seen["residual_adaln_backward"] = max(o.bytes / elements for o in found if o.name == "residual_adaln_backward")
     for name, expected in per_element.items():
         assert expected <= seen[name] <= expected + 0.2, name
-
-
-def test_gradients_that_are_kept_are_added_to(ledger, found) -> None:
-    kept = ledger.step.step("fast-graph", config(), BATCH)[0]
-    trainable, cleared = 50, 1  # tensors of this model; launches that zero them
-    assert sum(one.count for one in kept) - sum(one.count for one in found) == trainable + cleared
 
 
 # -- what it costs ---------------------------------------------------------------------------------------------------
@@ -150,7 +144,7 @@ def test_a_choice_that_is_asked_for_is_taken(ledger) -> None:
     choices = {"linear_gelu": "cublaslt", "dgelu_dgrad": "cublaslt"}
     trace = ledger.trace.trace_step("fast", config() | {"depth": 1}, BATCH, choices=choices)
     names = Counter(call.name for call in trace.calls)
-    assert trace.choices == choices
+    assert trace.choices == {**choices, "attention": "fused"}
     assert names["cublaslt_linear_gelu"] == names["cublaslt_dgelu_dgrad"] == 1
     assert not names["gelu_forward"] and not names["gelu_backward"]
     about = ledger.step.summary(ledger.costs.launches(trace.calls), 0.0)  # the epilogues are no launch, and not free
