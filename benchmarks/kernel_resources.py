@@ -58,12 +58,22 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
+HEAD_SIZES = (80, 96, 128)  # besides those of the published models
+
+
+def head_size(dim: int) -> int:
+    """Of the published DiT of this width; else the largest common one that divides it."""
+    if dim == 1152:
+        return 72
+    return next(size for size in (64, 32, 16, 8, 4, 2, 1) if dim % size == 0)
+
+
 def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Every launcher with tensors of width ``dim``, residual stream ``x_dtype`` and branches ``h_dtype``.
 
     Sizes are those of a small batch: they decide the grid, which is not used, and no constant of a kernel.
     """
-    from difffit_fast.kernels import adaln, colsum, frozen_mlp, frozen_qkv, residual
+    from difffit_fast.kernels import adaln, attention, colsum, frozen_mlp, modulation, residual
 
     B, T = 2, 256
     M, N = B * T, 4 * dim
@@ -72,8 +82,33 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
     v = torch.empty(B, dim)
     stat = torch.empty(B, T)
     u = torch.empty(M, N, dtype=h_dtype)
-    qkv = torch.empty(M, 3 * dim, dtype=h_dtype)
-    gamma = torch.empty(3 * dim)
+    z = torch.empty(B, T, 3 * dim, dtype=h_dtype)
+    bias, gains = torch.empty(1, 1, dim), torch.empty(1, 3, dim)
+    m, of_m, norm, of_branches = (
+        torch.empty(B, 8, dim, dtype=h_dtype),
+        torch.empty(8, dim),
+        torch.empty(3, 2, dim),
+        torch.empty(2, dim),
+    )
+
+    def attention_of(head: int | None, vectors: torch.Tensor, backward: bool) -> Callable[[], Any]:
+        """With the head size of the DiT of this width, or with another one, at about this width."""
+        size = head or head_size(dim)
+        heads = max(1, dim // size)
+        width = heads * size
+        product, given = torch.empty(B, T, 3 * width, dtype=h_dtype), torch.empty(1, vectors.shape[1], width)
+        o, lse = torch.empty(B, T, width, dtype=h_dtype), torch.empty(B, heads, T)
+        if backward:
+            return lambda: attention.attention_backward(o, product, given, o, lse, heads)
+        return lambda: attention.attention_forward(product, given, heads)
+
+    attentions = {
+        f"attention_{'backward' if backward else 'forward'}{', gains' if vectors is gains else ''}"
+        + (f", head {head}" if head else ""): attention_of(head, vectors, backward)
+        for head in (None, *HEAD_SIZES)
+        for vectors in (bias, gains)
+        for backward in (False, True)
+    }
     return {
         "adaln_forward": lambda: adaln.adaln_forward(x, v, v, 1e-6, h_dtype),
         "adaln_backward": lambda: adaln.adaln_backward(h, x, v, stat, stat),
@@ -85,9 +120,13 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "gelu_forward": lambda: frozen_mlp.gelu_forward(u),
         "gelu_backward": lambda: frozen_mlp.gelu_backward(u, u),
         "colsum": lambda: colsum.colsum(u),
-        "qkv_scale": lambda: frozen_qkv.qkv_scale(qkv, gamma, gamma[:dim]),
-        "qkv_backward": lambda: frozen_qkv.qkv_backward(qkv, qkv, gamma),
-        "qkv_backward, no gamma": lambda: frozen_qkv.qkv_backward(qkv, None, None),
+        "scale_qkv": lambda: attention.scale_qkv(z, gains),
+        "pack_dqkv": lambda: attention.pack_dqkv(h, h, h, z, gains),
+        "modulation_forward": lambda: modulation.modulation_forward(m, of_m, norm, of_branches, of_branches),
+        "modulation_backward": lambda: modulation.modulation_backward(
+            torch.empty(10, B, dim), m, of_m, norm, of_branches, of_branches
+        ),
+        **attentions,
     }
 
 
@@ -95,14 +134,14 @@ def compiled(arch: int, call: Callable[[], Any]) -> list[Any]:
     """The kernels that ``call`` would launch on ``arch``, compiled, in order."""
     from triton.runtime.driver import driver
 
-    from difffit_fast.kernels import adaln, colsum, config, frozen_mlp, frozen_qkv, residual, sums
+    from difffit_fast.kernels import adaln, attention, colsum, config, frozen_mlp, modulation, residual, sums
 
     found: list[Any] = []
 
     def compile_instead(kernel: Any, programs: int, device: Any, *args: Any, **constants: Any) -> None:
         found.append(kernel.run(*args, grid=(programs,), warmup=True, **constants))
 
-    modules = [m for m in (adaln, colsum, frozen_mlp, frozen_qkv, residual, sums) if hasattr(m, "launch")]
+    modules = [m for m in (adaln, attention, colsum, frozen_mlp, modulation, residual, sums) if hasattr(m, "launch")]
     saved = [(m, name, getattr(m, name)) for m in modules for name in ("launch", "architecture") if hasattr(m, name)]
     active = driver._active
     driver.set_active(_Driver(arch))
@@ -154,6 +193,8 @@ def inspect(kernel: Any, arch: int) -> dict[str, Any]:
         "loads": len(loads),
         "warps": warps,
         "resident": resident,
+        "group_products": len(re.findall(r"\bHGMMA\b", sass)),  # of warp groups, on sm_90
+        "warp_products": len(re.findall(r"\bHMMA\b", sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
     }
 

@@ -154,9 +154,9 @@ def _gather(acc, weights, streamed, WIDTHS: tl.constexpr):
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["T", "vector_stride"])
+@triton.jit(do_not_specialize=["T", "steps", "vector_stride"])
 def _attention_forward_kernel(
-    z_ptr, vectors_ptr, o_ptr, lse_ptr, scale, T, vector_stride,
+    z_ptr, vectors_ptr, o_ptr, lse_ptr, scale, T, steps, vector_stride,
     H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -164,7 +164,7 @@ def _attention_forward_kernel(
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     if EVEN_N:
-        T = STEPS * BN
+        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     head = tl.program_id(0) // blocks
     sample = (head // H).to(tl.int64)
@@ -184,7 +184,7 @@ def _attention_forward_kernel(
     top = tl.full([BM], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
     acc = _zero_head(BM, WIDTHS)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         keys = step * BN + tl.arange(0, BN)
         k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
         s = _scores(q, k, BM, BN, WIDTHS)
@@ -209,9 +209,9 @@ def _attention_forward_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * T + rows, top * scale + tl.log2(total) * LN2, mask=rows < T)
 
 
-@triton.jit(do_not_specialize=["T", "vector_stride", "chunks"])
+@triton.jit(do_not_specialize=["T", "steps", "vector_stride", "chunks"])
 def _attention_dq_kernel(
-    do_ptr, z_ptr, vectors_ptr, o_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, vector_stride, chunks,
+    do_ptr, z_ptr, vectors_ptr, o_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, steps, vector_stride, chunks,
     H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -220,7 +220,7 @@ def _attention_dq_kernel(
     R: tl.constexpr = 3 if GAINS else 1
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     if EVEN_N:
-        T = STEPS * BN
+        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -253,7 +253,7 @@ def _attention_dq_kernel(
     lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E  # beyond T every P is exp2(−∞) = 0
     scale2 = scale * LOG2E
     a = _zero_head(BM, WIDTHS)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         keys = step * BN + tl.arange(0, BN)
         k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
         v = _load_head(z_ptr + 2 * D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
@@ -277,9 +277,9 @@ def _attention_dq_kernel(
         _store_tile(dz_ptr, dq, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
 
 
-@triton.jit(do_not_specialize=["T", "vector_stride", "chunks"])
+@triton.jit(do_not_specialize=["T", "steps", "vector_stride", "chunks"])
 def _attention_dkdv_kernel(
-    do_ptr, z_ptr, vectors_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, vector_stride, chunks,
+    do_ptr, z_ptr, vectors_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, steps, vector_stride, chunks,
     H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -287,7 +287,7 @@ def _attention_dkdv_kernel(
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     if EVEN_N:
-        T = STEPS * BN
+        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -324,7 +324,7 @@ def _attention_dkdv_kernel(
     dk = _zero_head(BM, WIDTHS)
     dv = _zero_head(BM, WIDTHS)
     ds_sum = tl.zeros([BM], dtype=tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         queries = step * BN + tl.arange(0, BN)
         q = _load_head(z_ptr, queries, T, 3 * D, HD, WIDTHS, EVEN_N)
         do = _load_head(do_ptr, queries, T, D, HD, WIDTHS, EVEN_N)
@@ -339,8 +339,9 @@ def _attention_dkdv_kernel(
         weights = tl.exp2((s * scale2 - (lse * LOG2E)[None, :]) + c[:, None])
         dv = _gather(dv, _rounded(weights, dtype), do, WIDTHS)
         ds = weights * (dp - delta[None, :])
-        ds_sum += tl.sum(ds, axis=1)
-        dk = _gather(dk, _rounded(ds, dtype), q, WIDTHS)
+        ds = _rounded(ds, dtype)
+        dk = _gather(dk, ds, q, WIDTHS)
+        ds_sum += tl.sum(ds.to(tl.float32), axis=1)
     chunk = block * SHARE
     if GAINS:
         part_ptr += (sample * chunks + chunk) * (3 * D) + 2 * D + channel
@@ -484,7 +485,7 @@ def head_tiles(head_dim: int) -> tuple[int, ...]:
 def _constants(T: int, H: int, HD: int, R: int, plan: AttentionPlan) -> dict[str, object]:
     return dict(
         H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3,
-        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols), EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
+        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols) if _CUTS_OFF else 0, EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
         STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
 
@@ -506,7 +507,7 @@ def attention_forward(z: torch.Tensor, vectors: torch.Tensor, num_heads: int) ->
     plan = attention_plan("attention_forward", architecture(z.device), HD, T)
     launch(
         _attention_forward_kernel, B * num_heads * -(-T // plan.rows), z.device, z, vectors, o, lse, HD**-0.5,
-        T, R * D if G > 1 else 0,
+        T, -(-T // plan.cols), R * D if G > 1 else 0,
         **_constants(T, num_heads, HD, R, plan),
     )  # fmt: skip
     return o, lse
@@ -536,12 +537,12 @@ def attention_backward(
     scale, stride = HD**-0.5, R * D if G > 1 else 0
     launch(
         _attention_dq_kernel, B * num_heads * -(-T // queries.rows), z.device, do, z, vectors, o, lse, delta, dz, part, scale,
-        T, stride, chunks,
+        T, -(-T // queries.cols), stride, chunks,
         SHARE=queries.rows // unit, **_constants(T, num_heads, HD, R, queries),
     )  # fmt: skip
     launch(
         _attention_dkdv_kernel, B * num_heads * -(-T // keys.rows), z.device, do, z, vectors, lse, delta, dz, part, scale,
-        T, stride, chunks,
+        T, -(-T // keys.cols), stride, chunks,
         SHARE=keys.rows // unit, **_constants(T, num_heads, HD, R, keys),
     )  # fmt: skip
     (sums,) = finish(part)
