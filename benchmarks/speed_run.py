@@ -129,7 +129,7 @@ class Run:
 
     def drop(self, name: str, why: str) -> None:
         self.failed[name] = why
-        self.progress.line(f"  {name} failed: {why}")
+        self.progress.line(f"  {name}: {why}")
         for kept in (self.built, self.about, self.times, self.peaks):
             kept.pop(name, None)
         self.floors.pop(name.removeprefix("floor:"), None)

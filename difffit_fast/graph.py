@@ -13,7 +13,8 @@ def capture(step: Callable[[], None], warmup: int = 3) -> Callable[[], None]:
     """Capture ``step`` in a CUDA graph and return the function that replays it.
 
     ``step`` must read its inputs from tensors that stay where they are (copy new data into them), must not synchronise
-    and needs an optimizer with ``capturable=True`` and gradients that keep their memory (``zero_grad(set_to_none=False)``).
+    and needs an optimizer with ``capturable=True``. Gradients either keep their memory (``zero_grad(set_to_none=False)``) or are
+    dropped inside ``step``, before the backward: then every replay writes them anew into the graph's own memory.
     It runs ``warmup`` times before the capture, as ordinary steps.
 
     Raises:
