@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from machine import synchronize
-from modes import LORA_PREFIX, Mode, base_state, make_batch
+from modes import LORA_PREFIX, Mode, base_state, kind_of, make_batch, ways
 from torch import Tensor
 
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
 
-# ‖got − true‖ / ‖true‖ of the output and of every gradient that a mode and the reference both have. Seen with plain PyTorch
-# and with ours, on a CPU: 4e-7 in fp32, 8e-3 in bf16, 0.12 in fp16, where no loss is scaled and small gradients vanish.
-TOLERANCE = {"fp32": 2e-4, "tf32": 2e-2, "bf16": 4e-2, "fp16": 4e-1}
+# ‖got − true‖ / ‖true‖ of the output and of every gradient that a mode and the reference both have, at most. Seen on a CPU:
+# 4e-7 in fp32, 8e-3 in bf16, 0.12 in fp16, where no loss is scaled and small gradients vanish. Baselines are given more in
+# fp32, lest a strong one be left out for its rounding: blocks compiled by Inductor for a CPU are off by 1.4e-3.
+TOLERANCE = {"fp32": 5e-3, "tf32": 2e-2, "bf16": 4e-2, "fp16": 4e-1}
+OURS_IN_FP32 = 2e-4
 FLOAT64_UP_TO = 200_000_000  # parameters
 
 
@@ -57,6 +59,13 @@ def make_reference(config: dict[str, Any], batch_size: int, device: torch.device
     return Reference(inputs, output.detach(), gradients, str(dtype).removeprefix("torch."))
 
 
+def tolerance(name: str, dtype: str) -> float:
+    """What is allowed to the mode ``name``."""
+    if kind_of(name) == "fast" and dtype == "fp32":
+        return OURS_IN_FP32
+    return TOLERANCE["tf32" if "tf32" in ways(name) else dtype]
+
+
 def relative_error(got: Tensor | None, true: Tensor) -> float:
     if got is None or got.shape != true.shape:
         return float("inf")
@@ -64,7 +73,7 @@ def relative_error(got: Tensor | None, true: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def check(mode: Mode, reference: Reference, batch: dict[str, Tensor], precision: str) -> dict[str, Any]:
+def check(mode: Mode, reference: Reference, batch: dict[str, Tensor], allowed: float) -> dict[str, Any]:
     """One step from the first weights on the reference's samples: ``ok``, the errors, and what they were held against.
 
     The weights have moved by that step afterwards; ``batch`` is as it was.
@@ -85,10 +94,9 @@ def check(mode: Mode, reference: Reference, batch: dict[str, Tensor], precision:
             value.copy_(kept[key])
     worst = max(errors, key=lambda n: errors[n], default=None)
     gradient = errors[worst] if worst else float("inf")
-    tolerance = TOLERANCE[precision]
     return {
-        "ok": output <= tolerance and gradient <= tolerance, "output": output, "gradient": gradient, "worst": worst,
-        "gradients_compared": len(errors), "tolerance": tolerance, "reference": reference.dtype, "samples": samples,
+        "ok": output <= allowed and gradient <= allowed, "output": output, "gradient": gradient, "worst": worst,
+        "gradients_compared": len(errors), "tolerance": allowed, "reference": reference.dtype, "samples": samples,
     }  # fmt: skip
 
 

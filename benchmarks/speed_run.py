@@ -18,7 +18,7 @@ import torch
 from floor import Floor
 from machine import DTYPES, device_name, synchronize, timed
 from modes import Kind, Mode, available_modes, build_mode, compiles, kind_of, make_batch, ways
-from speed_check import Reference, check, describe, make_reference
+from speed_check import Reference, check, describe, make_reference, tolerance
 from speed_memory import equal_memory, measure_all, out_of_memory
 from speed_ratios import all_settled, ratios, spread
 from speed_report import Progress, print_table
@@ -29,7 +29,7 @@ from difffit_fast._files import write_text
 FIRST_TABLE = 3  # rounds
 MAX_ROUNDS = 60
 # Shares of --seconds after which no process for memory is left, and no further mode is built.
-MEMORY_SHARE, BUILD_SHARE, ROUNDS_SHARE = 0.55, 0.75, 0.5  # the last with --equal-memory
+MEMORY_SHARE, BUILD_SHARE, ROUNDS_SHARE = 0.5, 0.75, 0.5  # the last with --equal-memory
 
 
 class Run:
@@ -81,12 +81,11 @@ class Run:
         return [name for name in self.args.modes if name in here]
 
     def measure_memory(self, names: list[str]) -> list[str]:
-        """Peaks of all modes; the names of those that can be built."""
+        """Peaks of all modes; the names of those that can be built. What is compiled comes last: it may take all the time."""
         for_compiler = [n for n in names if compiles(n)]
         self.progress.line(f"peak memory of {len(names)} modes, each in a process of its own; compiling ...")
-        said = measure_all(
-            self.args, [*for_compiler, *(n for n in names if n not in for_compiler)], self.deadline(MEMORY_SHARE)
-        )
+        names_in_order = [n for n in names if n not in for_compiler] + for_compiler
+        said = measure_all(self.args, names_in_order, self.deadline(MEMORY_SHARE))
         for name, answer in said.items():
             if "peak_bytes" in answer:
                 self.peaks[name] = answer["peak_bytes"]
@@ -130,7 +129,7 @@ class Run:
 
     def drop(self, name: str, why: str) -> None:
         self.failed[name] = why
-        self.progress.line(f"  {name} failed: {why}")
+        self.progress.line(f"  {name}: {why}")
         for kept in (self.built, self.about, self.times, self.peaks):
             kept.pop(name, None)
         self.floors.pop(name.removeprefix("floor:"), None)
@@ -153,8 +152,7 @@ class Run:
             before = torch.cuda.memory_allocated(self.device) - (known.held_bytes() if known else 0)
             torch.cuda.reset_peak_memory_stats(self.device)
         mode = self.built[name] = build_mode(name, args.config, self.dtype, self.device, self.batch, self.kinds)
-        precision = "tf32" if "tf32" in ways(name) else args.dtype
-        found = check(mode, self.reference, self.batch, precision) if self.reference else None
+        found = check(mode, self.reference, self.batch, tolerance(name, args.dtype)) if self.reference else None
         if found is None or not found["ok"]:
             self.failed[name] = describe(found) if found else "not checked, for want of the reference; no ratio"
             self.progress.line(f"  {name}: {self.failed[name]}")

@@ -23,9 +23,9 @@ def capture(step: Callable[[], T], warmup: int = 3) -> Callable[[], T]:
 
     ``step`` runs ``warmup`` times before, in earnest, so that whatever is chosen, compiled or cached at a first call is
     there. It must read its inputs from tensors that stay where they are (copy new data into them) and must not wait for
-    the device. An optimizer in it must have ``capturable=True``. It should begin and end without gradients
-    (``zero_grad(set_to_none=True)``): those of the backward pass then lie in the graph's memory, and a replay overwrites
-    them instead of adding to what is there.
+    the device. An optimizer in it must have ``capturable=True``. It should drop the gradients before its backward pass
+    (``zero_grad(set_to_none=True)``): they then lie in the graph's memory, and a replay overwrites them instead of adding to
+    what is there.
 
     Raises:
         DiffFitError: there is no CUDA device.

@@ -164,7 +164,7 @@ def _attention_forward_kernel(
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     if EVEN_N:
-        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
+        T = steps * BN
     blocks = tl.cdiv(T, BM)
     head = tl.program_id(0) // blocks
     sample = (head // H).to(tl.int64)
@@ -220,7 +220,7 @@ def _attention_dq_kernel(
     R: tl.constexpr = 3 if GAINS else 1
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     if EVEN_N:
-        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
+        T = steps * BN
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -287,7 +287,7 @@ def _attention_dkdv_kernel(
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     if EVEN_N:
-        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
+        T = steps * BN
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks

@@ -353,6 +353,8 @@ def test_a_candidate_that_fails_is_not_used_and_the_reason_is_told():
     assert pick.choose(("a",), candidates(), CPU) == "unfused"
     assert pick.report()[0]["why"] == "cublaslt failed: cuBLASLt has no algorithm for this"
     pick, _ = chooser({"unfused": RuntimeError("out of memory"), "cublaslt": 1.0})
+    assert pick.choose(("a",), candidates(), CPU) == "cublaslt"  # even the default
+    pick, _ = chooser({"unfused": RuntimeError("out of memory"), "cublaslt": RuntimeError("out of memory")})
     with pytest.raises(RuntimeError, match="out of memory"):
         pick.choose(("a",), candidates(), CPU)
 

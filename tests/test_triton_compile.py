@@ -22,17 +22,20 @@ if importlib.util.find_spec("triton") is None:
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 100, 120)
 ROW_KERNELS = ["adaln_forward", "adaln_backward", "residual_adaln_forward", "residual_adaln_backward"]
-LAUNCHERS = [  # colsum runs the kernel of "qkv_backward, no gamma"
+LAUNCHERS = [
     *ROW_KERNELS,
     "residual_adaln_backward, no dy",
     "residual_forward",
     "residual_backward",
     "gelu_forward",
     "gelu_backward",
-    "qkv_scale",
-    "qkv_backward",
-    "qkv_backward, no gamma",
+    "colsum",
+    "modulation_forward",
+    "modulation_backward",
+    "scale_qkv",
+    "pack_dqkv",
 ]
+ATTENTION = ["attention_forward", "attention_backward", "attention_forward, gains", "attention_backward, gains"]
 
 
 def resources(folder: Path, *arguments: str) -> list[dict]:
@@ -52,17 +55,49 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Every launcher at D = 1152 with a float32 residual stream and bfloat16 branches, for every architecture."""
     architectures = [str(arch) for arch in ARCHITECTURES]
     folder = tmp_path_factory.mktemp("resources")
-    return resources(folder, "--dim", "1152", "--arch", *architectures, "--kernel", *LAUNCHERS)
+    return resources(folder, "--dim", "1152", "--arch", *architectures, "--kernel", *LAUNCHERS, *ATTENTION)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills_and_wide_loads(rows: list[dict], arch: int) -> None:
     mine = [row for row in rows if row["arch"] == arch]
-    assert {row["launcher"] for row in mine} == set(LAUNCHERS)
+    assert {row["launcher"] for row in mine} == {*LAUNCHERS, *ATTENTION}
     for row in mine:
         assert row["spill"] == 0, row
         assert row["widest_load"] == 128, row
-        assert row["resident"] >= 2, f"too few programs fit on a multiprocessor to hide the latency of memory: {row}"
+        if row["launcher"] in LAUNCHERS:
+            assert row["resident"] >= 2, (
+                f"too few programs fit on a multiprocessor to hide the latency of memory: {row}"
+            )
+
+
+def attention_kernels(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["kernel"] in ("attention_forward", "attention_dq", "attention_dkdv")]
+
+
+def test_attention_multiplies_by_warp_groups(rows: list[dict]) -> None:
+    mine = attention_kernels([row for row in rows if row["arch"] == 90])
+    assert len(mine) == 6
+    for row in mine:
+        assert row["group_products"] > 0 and row["warp_products"] == 0, row
+
+
+def test_attention_of_other_heads(tmp_path: Path) -> None:
+    """80, 96 and 128 channels on sm_90; ``make kernels`` compiles them for every architecture."""
+    names = [f"attention_{way}, gains, head {size}" for way in ("forward", "backward") for size in (80, 96, 128)]
+    rows = attention_kernels(resources(tmp_path, "--dim", "1152", "--arch", "90", "--kernel", *names))
+    assert len(rows) == 9
+    for row in rows:
+        assert row["spill"] == 0 and row["group_products"] > 0 and row["warp_products"] == 0, row
+
+
+def test_every_published_width(tmp_path: Path) -> None:
+    """The kernels that hold whole rows, and attention of the heads of 64 that go with these widths, on the newest."""
+    names = [*ROW_KERNELS, "residual_adaln_backward, no dy", "attention_backward, gains"]
+    rows = resources(tmp_path, "--dim", "384", "768", "1024", "--arch", "100", "--kernel", *names)
+    assert {row["D"] for row in rows} == {384, 768, 1024}
+    for row in rows:
+        assert row["spill"] == 0 and row["widest_load"] == 128, row
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
