@@ -163,8 +163,9 @@ def _attention_forward_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
+    tl.assume(steps > 0)
     if EVEN_N:
-        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
+        T = STEPS * BN  # noqa: N806 - the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     head = tl.program_id(0) // blocks
     sample = (head // H).to(tl.int64)
@@ -184,7 +185,7 @@ def _attention_forward_kernel(
     top = tl.full([BM], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
     acc = _zero_head(BM, WIDTHS)
-    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         keys = step * BN + tl.arange(0, BN)
         k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
         s = _scores(q, k, BM, BN, WIDTHS)
@@ -219,8 +220,9 @@ def _attention_dq_kernel(
     D: tl.constexpr = H * HD
     R: tl.constexpr = 3 if GAINS else 1
     dtype: tl.constexpr = z_ptr.dtype.element_ty
+    tl.assume(steps > 0)
     if EVEN_N:
-        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
+        T = STEPS * BN  # noqa: N806 - the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -253,7 +255,7 @@ def _attention_dq_kernel(
     lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E  # beyond T every P is exp2(−∞) = 0
     scale2 = scale * LOG2E
     a = _zero_head(BM, WIDTHS)
-    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         keys = step * BN + tl.arange(0, BN)
         k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
         v = _load_head(z_ptr + 2 * D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
@@ -286,8 +288,9 @@ def _attention_dkdv_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
+    tl.assume(steps > 0)
     if EVEN_N:
-        T = steps * BN  # noqa: N806 - the compiler then knows what divides it
+        T = STEPS * BN  # noqa: N806 - the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -324,7 +327,7 @@ def _attention_dkdv_kernel(
     dk = _zero_head(BM, WIDTHS)
     dv = _zero_head(BM, WIDTHS)
     ds_sum = tl.zeros([BM], dtype=tl.float32)
-    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         queries = step * BN + tl.arange(0, BN)
         q = _load_head(z_ptr, queries, T, 3 * D, HD, WIDTHS, EVEN_N)
         do = _load_head(do_ptr, queries, T, D, HD, WIDTHS, EVEN_N)
@@ -485,7 +488,7 @@ def head_tiles(head_dim: int) -> tuple[int, ...]:
 def _constants(T: int, H: int, HD: int, R: int, plan: AttentionPlan) -> dict[str, object]:
     return dict(
         H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3,
-        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols) if _CUTS_OFF else 0, EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
+        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols) , EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
         STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
 
