@@ -485,7 +485,8 @@ def head_tiles(head_dim: int) -> tuple[int, ...]:
 def _constants(T: int, H: int, HD: int, R: int, plan: AttentionPlan) -> dict[str, object]:
     return dict(
         H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3,
-        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols) if _CUTS_OFF else 0, EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
+        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols) if _CUTS_OFF else 0,
+        EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
         STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
 
