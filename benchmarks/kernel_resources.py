@@ -8,9 +8,14 @@ The launchers themselves are called, with tensors of the training step's types, 
 the architecture and compiles instead of running: what is measured is what a device of that architecture would be given.
 The numbers are read from the binary with the ``cuobjdump`` that comes with Triton.
 
+Attention is compiled for the head size that a DiT of that width has, "attention_forward" and "attention_backward", and for
+the others by name: "attention_forward, d=80". "T=100" stands for a number of tokens that no block divides.
+
 Columns: registers per thread; spill, the local-memory loads and stores in the machine code plus the stack frame in bytes
-(all must be 0); shared memory in bytes; the widest global load in bits (128 wanted); and, as an aid to tuning, warps per
-program and programs per multiprocessor that registers and shared memory allow.
+(all must be 0); shared memory in bytes; the widest global load in bits (128 wanted); as an aid to tuning, warps per program
+and programs per multiprocessor that registers and shared memory allow; and which tensor cores are used how often: HMMA by
+warps (sm_80, 120), HGMMA by groups of four (sm_90), UTCHMMA by one thread (sm_100). "one by one" is said of an HGMMA kernel
+whose products ptxas lets none overlap (its warning C7510 ff.), which shows as a fence around each.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 90, 100, 120)
+HEADS = {384: 64, 768: 64, 1024: 64, 1152: 72}  # channels of a head, by width of the published DiT
+HEAD_SIZES = (64, 72, 80, 96, 128)
 # Registers and shared memory of a multiprocessor, most threads and most blocks on it (CUDA programming guide, table of
 # compute capabilities).
 _LIMITS = {
@@ -63,7 +70,7 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
 
     Sizes are those of a small batch: they decide the grid, which is not used, and no constant of a kernel.
     """
-    from difffit_fast.kernels import adaln, colsum, frozen_mlp, frozen_qkv, residual
+    from difffit_fast.kernels import adaln, attention, colsum, frozen_mlp, frozen_qkv, residual
 
     B, T = 2, 256
     M, N = B * T, 4 * dim
@@ -74,6 +81,26 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
     u = torch.empty(M, N, dtype=h_dtype)
     qkv = torch.empty(M, 3 * dim, dtype=h_dtype)
     gamma = torch.empty(3 * dim)
+
+    def attend(head_dim: int, R: int, T: int = T) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """attention_forward and attention_backward for heads of that size, as many as dim holds."""
+        H = max(dim // head_dim, 1)
+        z, o = torch.empty(B, T, 3 * H * head_dim, dtype=h_dtype), torch.empty(B, T, H * head_dim, dtype=h_dtype)
+        vectors, lse = torch.empty(1, R, H * head_dim), torch.empty(B, H, T)
+        return (
+            lambda: attention.attention_forward(z, vectors, H),
+            lambda: attention.attention_backward(o, z, vectors, o, lse, H),
+        )
+
+    heads = {}
+    for head_dim in (None, *HEAD_SIZES):
+        for R, gains in ((3, ""), (1, ", no gains")):
+            for tokens, ragged in ((256, ""), (100, ", T=100")):
+                size = f", d={head_dim}" if head_dim else ""
+                forward, backward = attend(head_dim or HEADS.get(dim, 64), R, tokens)
+                heads[f"attention_forward{size}{gains}{ragged}"] = forward
+                heads[f"attention_backward{size}{gains}{ragged}"] = backward
+    z, packed = qkv.view(B, T, -1), {R: torch.empty(1, R, dim) for R in (1, 3)}
     return {
         "adaln_forward": lambda: adaln.adaln_forward(x, v, v, 1e-6, h_dtype),
         "adaln_backward": lambda: adaln.adaln_backward(h, x, v, stat, stat),
@@ -88,21 +115,33 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "qkv_scale": lambda: frozen_qkv.qkv_scale(qkv, gamma, gamma[:dim]),
         "qkv_backward": lambda: frozen_qkv.qkv_backward(qkv, qkv, gamma),
         "qkv_backward, no gamma": lambda: frozen_qkv.qkv_backward(qkv, None, None),
+        "scale_qkv": lambda: attention.scale_qkv(z, packed[3]),
+        "scale_qkv, no gains": lambda: attention.scale_qkv(z, packed[1]),
+        "pack_dqkv": lambda: attention.pack_dqkv(h, h, h, z, packed[3]),
+        "pack_dqkv, no gains": lambda: attention.pack_dqkv(h, h, h, z, packed[1]),
+        **heads,
     }
+
+
+def every_name(dim: int) -> tuple[str, ...]:
+    """What ``make kernels`` compiles at width ``dim``: all but numbers of tokens that no block divides; and of attention the
+    head size of that width, at the widest of DiT's the others too."""
+    names = variants(dim, torch.float32, torch.float32)
+    return tuple(name for name in names if "T=" not in name and ("d=" not in name or dim == max(HEADS)))
 
 
 def compiled(arch: int, call: Callable[[], Any]) -> list[Any]:
     """The kernels that ``call`` would launch on ``arch``, compiled, in order."""
     from triton.runtime.driver import driver
 
-    from difffit_fast.kernels import adaln, colsum, config, frozen_mlp, frozen_qkv, residual, sums
+    from difffit_fast.kernels import adaln, attention, colsum, config, frozen_mlp, frozen_qkv, residual, sums
 
     found: list[Any] = []
 
     def compile_instead(kernel: Any, programs: int, device: Any, *args: Any, **constants: Any) -> None:
         found.append(kernel.run(*args, grid=(programs,), warmup=True, **constants))
 
-    modules = [m for m in (adaln, colsum, frozen_mlp, frozen_qkv, residual, sums) if hasattr(m, "launch")]
+    modules = [m for m in (adaln, attention, colsum, frozen_mlp, frozen_qkv, residual, sums) if hasattr(m, "launch")]
     saved = [(m, name, getattr(m, name)) for m in modules for name in ("launch", "architecture") if hasattr(m, name)]
     active = driver._active
     driver.set_active(_Driver(arch))
@@ -132,7 +171,7 @@ def inspect(kernel: Any, arch: int) -> dict[str, Any]:
         usage = subprocess.run([_tool(), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([_tool(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"\bLDG\.E(\S*)", sass)
+    loads = re.findall(r"\bLDG(?:STS)?\.E(\S*)", sass)
     stores = re.findall(r"\bSTG\.E(\S*)", sass)
     warps = kernel.metadata.num_warps
     registers, shared, threads, blocks = _LIMITS[arch]
@@ -154,6 +193,8 @@ def inspect(kernel: Any, arch: int) -> dict[str, Any]:
         "loads": len(loads),
         "warps": warps,
         "resident": resident,
+        **{kind: len(re.findall(rf"\b{kind}\b", sass)) for kind in ("HMMA", "HGMMA", "UTCHMMA")},
+        "fences": len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
     }
 
@@ -181,15 +222,28 @@ def table(
     processes: int = 2,
 ) -> list[dict[str, Any]]:
     """One row per kernel that each launcher would run, for every architecture, width and pair of types."""
-    names = names or tuple(variants(8, torch.float32, torch.float32))
-    jobs = [(arch, dim, name, *pair) for pair in types for dim in dims for name in names for arch in architectures]
+    jobs = [
+        (arch, dim, name, *pair)
+        for pair in types
+        for dim in dims
+        for name in names or every_name(dim)
+        for arch in architectures
+    ]
     with ProcessPoolExecutor(processes) as pool:
         return [row for rows in pool.map(_job, jobs, chunksize=2) for row in rows]
 
 
+def products(row: dict[str, Any]) -> str:
+    """Instructions of a kernel that multiply matrices, and whether those of warp groups wait for each other."""
+    found = [f"{row[kind]} {kind}" for kind in ("HMMA", "HGMMA", "UTCHMMA") if row[kind]]
+    return ", ".join(found) + (" one by one" if row["fences"] >= row["HGMMA"] > 0 else "")
+
+
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table as text. Identical rows (the second stage, which every reduction shares) are printed once."""
-    yield (f"{'kernel':<26}{'launcher':<32}{'x/h':<11}{'D':>5}  sm   regs spill shared load store warps /SM  code")
+    yield (
+        f"{'kernel':<26}{'launcher':<40}{'x/h':<11}{'D':>5}  sm   regs spill shared load store warps /SM  code  products"
+    )
     seen = set()
     for row in rows:
         key = tuple(
@@ -199,9 +253,9 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             continue
         seen.add(key)
         yield (
-            f"{row['kernel']:<26}{row['launcher']:<32}{row['types']:<11}{row['D']:>5}  {row['arch']:<4}"
+            f"{row['kernel']:<26}{row['launcher']:<40}{row['types']:<11}{row['D']:>5}  {row['arch']:<4}"
             f"{row['registers']:>5}{row['spill']:>6}{row['shared']:>7}{row['widest_load']:>5}{row['widest_store']:>6}"
-            f"{row['warps']:>6}{row['resident']:>4}{row['instructions']:>6}"
+            f"{row['warps']:>6}{row['resident']:>4}{row['instructions']:>6}  {products(row)}"
         )
 
 

@@ -17,6 +17,8 @@ own queries add b to theirs. Those that own keys see the bare z_q: S = (g z_k)·
 and K = dSᵀz_q + (Σ dS) b.
 
 Triton's tiles are powers of two: a head of 72 channels is two tiles, 64 + 16, the second half masked (:func:`head_tiles`).
+Loops run over ``steps``, counted at run time, so that a binary serves every number of tokens; only whether blocks come out
+even is compiled in. Triton's interpreter, which cannot count to an argument, is given STEPS.
 
 Bytes, in bfloat16, from memory: forward 8·B·T·D (reads z, writes o); backward 24·B·T·D (do and o once, do and z twice,
 writes dz), of which the second reading of do and z is mostly from L2. The rest (lse, δ, sums) is below 3 % of that.
@@ -163,9 +165,9 @@ def _attention_forward_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
-    tl.assume(steps > 0)
+    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
     if EVEN_N:
-        T = STEPS * BN  # noqa: N806 - the compiler then knows what divides it
+        T = steps * BN  # the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     head = tl.program_id(0) // blocks
     sample = (head // H).to(tl.int64)
@@ -185,7 +187,7 @@ def _attention_forward_kernel(
     top = tl.full([BM], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
     acc = _zero_head(BM, WIDTHS)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         keys = step * BN + tl.arange(0, BN)
         k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
         s = _scores(q, k, BM, BN, WIDTHS)
@@ -220,9 +222,9 @@ def _attention_dq_kernel(
     D: tl.constexpr = H * HD
     R: tl.constexpr = 3 if GAINS else 1
     dtype: tl.constexpr = z_ptr.dtype.element_ty
-    tl.assume(steps > 0)
+    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
     if EVEN_N:
-        T = STEPS * BN  # noqa: N806 - the compiler then knows what divides it
+        T = steps * BN  # the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -255,7 +257,7 @@ def _attention_dq_kernel(
     lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E  # beyond T every P is exp2(−∞) = 0
     scale2 = scale * LOG2E
     a = _zero_head(BM, WIDTHS)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         keys = step * BN + tl.arange(0, BN)
         k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
         v = _load_head(z_ptr + 2 * D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
@@ -288,9 +290,9 @@ def _attention_dkdv_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
-    tl.assume(steps > 0)
+    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
     if EVEN_N:
-        T = STEPS * BN  # noqa: N806 - the compiler then knows what divides it
+        T = steps * BN  # the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -327,7 +329,7 @@ def _attention_dkdv_kernel(
     dk = _zero_head(BM, WIDTHS)
     dv = _zero_head(BM, WIDTHS)
     ds_sum = tl.zeros([BM], dtype=tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         queries = step * BN + tl.arange(0, BN)
         q = _load_head(z_ptr, queries, T, 3 * D, HD, WIDTHS, EVEN_N)
         do = _load_head(do_ptr, queries, T, D, HD, WIDTHS, EVEN_N)
@@ -479,16 +481,19 @@ def supports(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 def head_tiles(head_dim: int) -> tuple[int, ...]:
-    """Widths of the tiles of a head, powers of two of at least 16 columns: 64 is (64,), 72 is (64, 16), 96 is (64, 32)."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
+    """Widths of the tiles of a head, powers of two from 16 to 64 columns: 72 is (64, 16), 96 is (64, 32).
+
+    128 is (64, 64): of the operands that a program keeps it has half as many in registers at a time.
+    """
+    first = min(64, max(16, 1 << (head_dim.bit_length() - 1)))
     rest = head_dim - first
     return (first,) if rest <= 0 else (first, max(16, 1 << (rest - 1).bit_length()))
 
 
 def _constants(T: int, H: int, HD: int, R: int, plan: AttentionPlan) -> dict[str, object]:
     return dict(
-        H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3,
-        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols) , EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
+        H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3, BM=plan.rows, BN=plan.cols,
+        STEPS=-(-T // plan.cols) if _CUTS_OFF else 0, EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
         STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
 
