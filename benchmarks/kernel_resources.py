@@ -8,9 +8,14 @@ The launchers themselves are called, with tensors of the training step's types, 
 the architecture and compiles instead of running: what is measured is what a device of that architecture would be given.
 The numbers are read from the binary with the ``cuobjdump`` that comes with Triton.
 
+Attention is compiled for the head size that a DiT of that width has, "attention_forward" and "attention_backward", and for
+the others by name: "attention_forward, d=80". "T=100" stands for a number of tokens that no block divides.
+
 Columns: registers per thread; spill, the local-memory loads and stores in the machine code plus the stack frame in bytes
-(all must be 0); shared memory in bytes; the widest global load in bits (128 wanted); and, as an aid to tuning, warps per
-program and programs per multiprocessor that registers and shared memory allow.
+(all must be 0); shared memory in bytes; the widest global load in bits (128 wanted); as an aid to tuning, warps per program
+and programs per multiprocessor that registers and shared memory allow; and which tensor cores are used how often: HMMA by
+warps (sm_80, 120), HGMMA by groups of four (sm_90), UTCHMMA by one thread (sm_100). "one by one" is said of an HGMMA kernel
+whose products ptxas lets none overlap (its warning C7510 ff.), which shows as a fence around each.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 90, 100, 120)
+HEADS = {384: 64, 768: 64, 1024: 64, 1152: 72}  # channels of a head, by width of the published DiT
+HEAD_SIZES = (64, 72, 80, 96, 128)
 # Registers and shared memory of a multiprocessor, most threads and most blocks on it (CUDA programming guide, table of
 # compute capabilities).
 _LIMITS = {
@@ -58,16 +65,6 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-HEAD_SIZES = (80, 96, 128)  # besides those of the published models
-
-
-def head_size(dim: int) -> int:
-    """Of the published DiT of this width; else the largest common one that divides it."""
-    if dim == 1152:
-        return 72
-    return next(size for size in (64, 32, 16, 8, 4, 2, 1) if dim % size == 0)
-
-
 def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Every launcher with tensors of width ``dim``, residual stream ``x_dtype`` and branches ``h_dtype``.
 
@@ -82,33 +79,29 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
     v = torch.empty(B, dim)
     stat = torch.empty(B, T)
     u = torch.empty(M, N, dtype=h_dtype)
-    z = torch.empty(B, T, 3 * dim, dtype=h_dtype)
-    bias, gains = torch.empty(1, 1, dim), torch.empty(1, 3, dim)
-    m, of_m, norm, of_branches = (
-        torch.empty(B, 8, dim, dtype=h_dtype),
-        torch.empty(8, dim),
-        torch.empty(3, 2, dim),
-        torch.empty(2, dim),
-    )
+    qkv = torch.empty(M, 3 * dim, dtype=h_dtype)
+    m, of_m, norm = torch.empty(B, 8, dim, dtype=h_dtype), torch.empty(8, dim), torch.empty(3, 2, dim)
+    planes, per_branch = torch.empty(10, B, dim), torch.empty(2, dim)
 
-    def attention_of(head: int | None, vectors: torch.Tensor, backward: bool) -> Callable[[], Any]:
-        """With the head size of the DiT of this width, or with another one, at about this width."""
-        size = head or head_size(dim)
-        heads = max(1, dim // size)
-        width = heads * size
-        product, given = torch.empty(B, T, 3 * width, dtype=h_dtype), torch.empty(1, vectors.shape[1], width)
-        o, lse = torch.empty(B, T, width, dtype=h_dtype), torch.empty(B, heads, T)
-        if backward:
-            return lambda: attention.attention_backward(o, product, given, o, lse, heads)
-        return lambda: attention.attention_forward(product, given, heads)
+    def attend(head_dim: int, R: int, T: int = T) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """attention_forward and attention_backward for heads of that size, as many as dim holds."""
+        H = max(dim // head_dim, 1)
+        z, o = torch.empty(B, T, 3 * H * head_dim, dtype=h_dtype), torch.empty(B, T, H * head_dim, dtype=h_dtype)
+        vectors, lse = torch.empty(1, R, H * head_dim), torch.empty(B, H, T)
+        return (
+            lambda: attention.attention_forward(z, vectors, H),
+            lambda: attention.attention_backward(o, z, vectors, o, lse, H),
+        )
 
-    attentions = {
-        f"attention_{'backward' if backward else 'forward'}{', gains' if vectors is gains else ''}"
-        + (f", head {head}" if head else ""): attention_of(head, vectors, backward)
-        for head in (None, *HEAD_SIZES)
-        for vectors in (bias, gains)
-        for backward in (False, True)
-    }
+    heads = {}
+    for head_dim in (None, *HEAD_SIZES):
+        for R, gains in ((3, ""), (1, ", no gains")):
+            for tokens, ragged in ((256, ""), (100, ", T=100")):
+                size = f", d={head_dim}" if head_dim else ""
+                forward, backward = attend(head_dim or HEADS.get(dim, 64), R, tokens)
+                heads[f"attention_forward{size}{gains}{ragged}"] = forward
+                heads[f"attention_backward{size}{gains}{ragged}"] = backward
+    z, packed = qkv.view(B, T, -1), {R: torch.empty(1, R, dim) for R in (1, 3)}
     return {
         "adaln_forward": lambda: adaln.adaln_forward(x, v, v, 1e-6, h_dtype),
         "adaln_backward": lambda: adaln.adaln_backward(h, x, v, stat, stat),
@@ -120,14 +113,21 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "gelu_forward": lambda: frozen_mlp.gelu_forward(u),
         "gelu_backward": lambda: frozen_mlp.gelu_backward(u, u),
         "colsum": lambda: colsum.colsum(u),
-        "scale_qkv": lambda: attention.scale_qkv(z, gains),
-        "pack_dqkv": lambda: attention.pack_dqkv(h, h, h, z, gains),
-        "modulation_forward": lambda: modulation.modulation_forward(m, of_m, norm, of_branches, of_branches),
-        "modulation_backward": lambda: modulation.modulation_backward(
-            torch.empty(10, B, dim), m, of_m, norm, of_branches, of_branches
-        ),
-        **attentions,
+        "modulation_forward": lambda: modulation.modulation_forward(m, of_m, norm, per_branch, per_branch),
+        "modulation_backward": lambda: modulation.modulation_backward(planes, m, of_m, norm, per_branch, per_branch),
+        "scale_qkv": lambda: attention.scale_qkv(z, packed[3]),
+        "scale_qkv, no gains": lambda: attention.scale_qkv(z, packed[1]),
+        "pack_dqkv": lambda: attention.pack_dqkv(h, h, h, z, packed[3]),
+        "pack_dqkv, no gains": lambda: attention.pack_dqkv(h, h, h, z, packed[1]),
+        **heads,
     }
+
+
+def every_name(dim: int) -> tuple[str, ...]:
+    """What ``make kernels`` compiles at width ``dim``: all but numbers of tokens that no block divides; and of attention the
+    head size of that width, at the widest of DiT's the others too."""
+    names = variants(dim, torch.float32, torch.float32)
+    return tuple(name for name in names if "T=" not in name and ("d=" not in name or dim == max(HEADS)))
 
 
 def compiled(arch: int, call: Callable[[], Any]) -> list[Any]:
@@ -171,7 +171,7 @@ def inspect(kernel: Any, arch: int) -> dict[str, Any]:
         usage = subprocess.run([_tool(), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([_tool(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"\bLDG\.E(\S*)", sass)
+    loads = re.findall(r"\bLDG(?:STS)?\.E(\S*)", sass)
     stores = re.findall(r"\bSTG\.E(\S*)", sass)
     warps = kernel.metadata.num_warps
     registers, shared, threads, blocks = _LIMITS[arch]
@@ -193,8 +193,8 @@ def inspect(kernel: Any, arch: int) -> dict[str, Any]:
         "loads": len(loads),
         "warps": warps,
         "resident": resident,
-        "group_products": len(re.findall(r"\bHGMMA\b", sass)),  # of warp groups, on sm_90
-        "warp_products": len(re.findall(r"\bHMMA\b", sass)),
+        **{kind: len(re.findall(rf"\b{kind}\b", sass)) for kind in ("HMMA", "HGMMA", "UTCHMMA")},
+        "fences": len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
     }
 
@@ -222,15 +222,28 @@ def table(
     processes: int = 2,
 ) -> list[dict[str, Any]]:
     """One row per kernel that each launcher would run, for every architecture, width and pair of types."""
-    names = names or tuple(variants(8, torch.float32, torch.float32))
-    jobs = [(arch, dim, name, *pair) for pair in types for dim in dims for name in names for arch in architectures]
+    jobs = [
+        (arch, dim, name, *pair)
+        for pair in types
+        for dim in dims
+        for name in names or every_name(dim)
+        for arch in architectures
+    ]
     with ProcessPoolExecutor(processes) as pool:
         return [row for rows in pool.map(_job, jobs, chunksize=2) for row in rows]
 
 
+def products(row: dict[str, Any]) -> str:
+    """Instructions of a kernel that multiply matrices, and whether those of warp groups wait for each other."""
+    found = [f"{row[kind]} {kind}" for kind in ("HMMA", "HGMMA", "UTCHMMA") if row[kind]]
+    return ", ".join(found) + (" one by one" if row["fences"] >= row["HGMMA"] > 0 else "")
+
+
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The table as text. Identical rows (the second stage, which every reduction shares) are printed once."""
-    yield (f"{'kernel':<26}{'launcher':<32}{'x/h':<11}{'D':>5}  sm   regs spill shared load store warps /SM  code")
+    yield (
+        f"{'kernel':<26}{'launcher':<40}{'x/h':<11}{'D':>5}  sm   regs spill shared load store warps /SM  code  products"
+    )
     seen = set()
     for row in rows:
         key = tuple(
@@ -240,9 +253,9 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             continue
         seen.add(key)
         yield (
-            f"{row['kernel']:<26}{row['launcher']:<32}{row['types']:<11}{row['D']:>5}  {row['arch']:<4}"
+            f"{row['kernel']:<26}{row['launcher']:<40}{row['types']:<11}{row['D']:>5}  {row['arch']:<4}"
             f"{row['registers']:>5}{row['spill']:>6}{row['shared']:>7}{row['widest_load']:>5}{row['widest_store']:>6}"
-            f"{row['warps']:>6}{row['resident']:>4}{row['instructions']:>6}"
+            f"{row['warps']:>6}{row['resident']:>4}{row['instructions']:>6}  {products(row)}"
         )
 
 

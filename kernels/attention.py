@@ -17,6 +17,8 @@ own queries add b to theirs. Those that own keys see the bare z_q: S = (g z_k)·
 and K = dSᵀz_q + (Σ dS) b.
 
 Triton's tiles are powers of two: a head of 72 channels is two tiles, 64 + 16, the second half masked (:func:`head_tiles`).
+Loops run over ``steps``, counted at run time, so that a binary serves every number of tokens; only whether blocks come out
+even is compiled in. Triton's interpreter, which cannot count to an argument, is given STEPS.
 
 Bytes, in bfloat16, from memory: forward 8·B·T·D (reads z, writes o); backward 24·B·T·D (do and o once, do and z twice,
 writes dz), of which the second reading of do and z is mostly from L2. The rest (lse, δ, sums) is below 3 % of that.
@@ -163,8 +165,9 @@ def _attention_forward_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
+    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
     if EVEN_N:
-        T = steps * BN
+        T = steps * BN  # the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     head = tl.program_id(0) // blocks
     sample = (head // H).to(tl.int64)
@@ -219,8 +222,9 @@ def _attention_dq_kernel(
     D: tl.constexpr = H * HD
     R: tl.constexpr = 3 if GAINS else 1
     dtype: tl.constexpr = z_ptr.dtype.element_ty
+    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
     if EVEN_N:
-        T = steps * BN
+        T = steps * BN  # the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -286,8 +290,9 @@ def _attention_dkdv_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * HD
     dtype: tl.constexpr = z_ptr.dtype.element_ty
+    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
     if EVEN_N:
-        T = steps * BN
+        T = steps * BN  # the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
@@ -476,17 +481,19 @@ def supports(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 def head_tiles(head_dim: int) -> tuple[int, ...]:
-    """Widths of the tiles of a head, powers of two of at least 16 columns: 64 is (64,), 72 is (64, 16), 96 is (64, 32)."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
+    """Widths of the tiles of a head, powers of two from 16 to 64 columns: 72 is (64, 16), 96 is (64, 32).
+
+    128 is (64, 64): of the operands that a program keeps it has half as many in registers at a time.
+    """
+    first = min(64, max(16, 1 << (head_dim.bit_length() - 1)))
     rest = head_dim - first
     return (first,) if rest <= 0 else (first, max(16, 1 << (rest - 1).bit_length()))
 
 
 def _constants(T: int, H: int, HD: int, R: int, plan: AttentionPlan) -> dict[str, object]:
     return dict(
-        H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3,
-        BM=plan.rows, BN=plan.cols, STEPS=-(-T // plan.cols) if _CUTS_OFF else 0,
-        EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
+        H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3, BM=plan.rows, BN=plan.cols,
+        STEPS=-(-T // plan.cols) if _CUTS_OFF else 0, EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
         STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
 

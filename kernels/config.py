@@ -87,16 +87,23 @@ _MODULATION = {INTERPRETER: (8, 512, 4), 80: (8, 128, 4), 90: (8, 128, 4), 100: 
 _FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 120: (4096, 4)}
 
 
-# Attention kernels, each for heads of up to so many channels: rows of a program's own block, rows of a block that streams
-# past it, warps, stages of the pipeline that loads those.
+# Attention kernels, for heads of up to so many channels: rows of the block that a program owns, rows of a block that it walks
+# over, warps, stages of the pipeline that loads those. Long blocks of a program's own are worth their registers, since all
+# that streams past is read once for each of them; but two programs or more on a multiprocessor come first, for there are few
+# steps to a walk. dkdv keeps two accumulators and two products of them, so that it must be short in everything.
 _ATTENTION = {
     #                  forward           dq                dkdv
     # sm   d ≤
     (INTERPRETER, 128): ((256, 256, 4, 1), (256, 256, 4, 1), (128, 256, 4, 1)),
-    (80, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
-    (90, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
-    (100, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
-    (120, 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
+    (80, 80): ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    (80, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    (90, 72): ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2)),
+    (90, 80): ((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 4, 2)),
+    (90, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    (100, 96): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
+    (100, 128): ((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    (120, 80): ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    (120, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
 }
 _ATTENTION_KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
 

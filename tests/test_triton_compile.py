@@ -35,7 +35,7 @@ LAUNCHERS = [
     "scale_qkv",
     "pack_dqkv",
 ]
-ATTENTION = ["attention_forward", "attention_backward", "attention_forward, gains", "attention_backward, gains"]
+ATTENTION = [f"attention_{way}{gains}" for way in ("forward", "backward") for gains in ("", ", no gains")]
 
 
 def resources(folder: Path, *arguments: str) -> list[dict]:
@@ -79,21 +79,21 @@ def test_attention_multiplies_by_warp_groups(rows: list[dict]) -> None:
     mine = attention_kernels([row for row in rows if row["arch"] == 90])
     assert len(mine) == 6
     for row in mine:
-        assert row["group_products"] > 0 and row["warp_products"] == 0, row
+        assert row["HGMMA"] > 0 and row["HMMA"] == 0, row
 
 
 def test_attention_of_other_heads(tmp_path: Path) -> None:
     """80, 96 and 128 channels on sm_90; ``make kernels`` compiles them for every architecture."""
-    names = [f"attention_{way}, gains, head {size}" for way in ("forward", "backward") for size in (80, 96, 128)]
+    names = [f"attention_{way}, d={size}" for way in ("forward", "backward") for size in (80, 96, 128)]
     rows = attention_kernels(resources(tmp_path, "--dim", "1152", "--arch", "90", "--kernel", *names))
     assert len(rows) == 9
     for row in rows:
-        assert row["spill"] == 0 and row["group_products"] > 0 and row["warp_products"] == 0, row
+        assert row["spill"] == 0 and row["HGMMA"] > 0 and row["HMMA"] == 0, row
 
 
 def test_every_published_width(tmp_path: Path) -> None:
     """The kernels that hold whole rows, and attention of the heads of 64 that go with these widths, on the newest."""
-    names = [*ROW_KERNELS, "residual_adaln_backward, no dy", "attention_backward, gains"]
+    names = [*ROW_KERNELS, "residual_adaln_backward, no dy", "attention_backward"]
     rows = resources(tmp_path, "--dim", "384", "768", "1024", "--arch", "100", "--kernel", *names)
     assert {row["D"] for row in rows} == {384, 768, 1024}
     for row in rows:
