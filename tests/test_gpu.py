@@ -56,7 +56,7 @@ def test_every_available_attention_backend(head_dim: int, dtype: torch.dtype) ->
     broken = {}
     for name in names:
         try:
-            out, grad = run(on_gpu(lambda x, name=name: attention(x, HEADS, name)), [qkv], (True,), [do])
+            out, grad = run(on_gpu(lambda x, name=name: attention(x, HEADS, backend=name)), [qkv], (True,), [do])
         except RuntimeError as error:
             broken[name] = str(error)[:200]
             continue
@@ -152,7 +152,7 @@ def grads_of(model: torch.nn.Module, inputs: tuple[Tensor, ...], forward: Callab
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
 def test_deterministic(compute_dtype: torch.dtype | None) -> None:
     """The same bits twice, with attention by batched products; SDPA's backends make no such promise."""
-    _, fast = models(compute_dtype=compute_dtype, attention="bmm")
+    _, fast = models(compute_dtype=compute_dtype, attention="math")
     inputs = on_device(batch())
     assert all(torch.equal(a, b) for a, b in zip(grads_of(fast, inputs), grads_of(fast, inputs), strict=True))
 
@@ -184,7 +184,7 @@ def trainer_step(model: FastDiffFitDiT, inputs: tuple[Tensor, ...]) -> Callable[
 
 def test_captured_training_steps_equal_eager_ones() -> None:
     """Three warm-up steps and four replays, on inputs that change in between, against seven eager steps."""
-    _, graphed = models(compute_dtype=torch.bfloat16, attention="bmm")
+    _, graphed = models(compute_dtype=torch.bfloat16, attention="math")
     eager = copy.deepcopy(graphed)
     draws = [on_device(batch()) for _ in range(5)]
     slots = [tuple(x.clone() for x in draws[0]) for _ in range(2)]
@@ -221,7 +221,7 @@ def trainer(images: Path, folder: Path, steps: int, model: torch.nn.Module | Non
     if model is None:
         torch.manual_seed(1)
         model = shake(
-            FastDiffFitDiT(**{**SMALL, "in_channels": 3, "input_size": 16, "num_classes": 3}, attention="bmm")
+            FastDiffFitDiT(**{**SMALL, "in_channels": 3, "input_size": 16, "num_classes": 3}, attention="math")
         )
     settings = {**SETTINGS, "model_args": {}, "device": "cuda", "data_path": str(images), "results_dir": str(folder)}
     return Trainer(model=model, **{**settings, "max_steps": steps, "ckpt_every": 10, "global_batch_size": 7, **changes})
@@ -311,7 +311,7 @@ def test_the_memory_of_a_graph_is_given_back(images: Path, tmp_path: Path) -> No
 
 def test_another_stream() -> None:
     """Kernels go to the current stream: the numbers are right while the default stream is busy with something else."""
-    _, fast = models(attention="bmm")
+    _, fast = models(attention="math")
     inputs = on_device(batch())
     want = grads_of(fast, inputs)
     torch.cuda.synchronize()

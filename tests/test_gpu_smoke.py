@@ -48,7 +48,7 @@ def test_a_captured_step(room: str) -> None:
     """Forward, backward and AdamW with gradients that are made anew: replayed from a graph as run eagerly."""
     device = torch.device("cuda" if room == "gpu" else "cpu")
     with in_room(room):
-        first = FastDiffFitDiT(**SMALL, compute_dtype=BF16 if room == "gpu" else None, attention="bmm")
+        first = FastDiffFitDiT(**SMALL, compute_dtype=BF16 if room == "gpu" else None, attention="auto")
         first = shake(first).to(device).eval()
         before = copy.deepcopy(first)
         inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 2])
