@@ -89,6 +89,16 @@ def together() -> Iterator[None]:
         _waiting.jobs = None
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside of a ``together`` block: reductions in here are finished at once, those before it still wait."""
+    before, _waiting.jobs = _waiting.jobs, None
+    try:
+        yield
+    finally:
+        _waiting.jobs = before
+
+
 def finish(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Add up float32 tensors [groups, chunks, width] over their chunks: each becomes [groups, width].
 

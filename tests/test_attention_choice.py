@@ -6,6 +6,7 @@ A library for the CPU stands in for those on CUDA.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +82,32 @@ def test_the_device_decides(times: dict, chosen: str, library: list[str], monkey
     library.clear()
     attention(x, HEADS).sum().backward()
     assert library == (["forward", "backward"] if chosen == "sdpa-flash" else [])
+
+
+def test_a_library_that_computes_something_else_is_not_taken(
+    library: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However fast it is."""
+    forward, backward = module._LIBRARIES["sdpa-flash"]
+
+    def wrong(*args: Any) -> tuple[torch.Tensor, ...]:
+        dq, dk, dv = backward(*args)
+        return dq, dk, 1.2 * dv
+
+    monkeypatch.setitem(module._LIBRARIES, "sdpa-flash", (forward, wrong))
+    times = iter([1.0, 100.0, *[100.0] * 20])
+
+    def timer(call: Callable, device: torch.device) -> float:
+        call()
+        return next(times)
+
+    module.forget()
+    monkeypatch.setattr(module._chooser, "_timer", timer)
+    attention(draw(1, 5, 72, dtype=F32), HEADS)
+    (entry,) = module._chooser.report()
+    assert entry["chosen"] == "fused" and "dqkv of sdpa-flash is off by" in entry["why"]
+
+
+def test_where_ours_is_not_there_plain_pytorch_stands_behind_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_backends", lambda *_: ["sdpa-efficient", "math"])
+    assert module.resolve_backend("auto", torch.device("cpu"), F32, 24) == ["sdpa-efficient", "math"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from op_cases import EPS, kernels, true_adaln
@@ -16,6 +18,30 @@ def test_gelu_far_out(room: str) -> None:
     assert torch.equal(ops.gelu_forward(u).cpu(), u.cpu().clamp_min(0))
     du, _ = ops.gelu_backward(torch.ones_like(u), u)
     assert torch.allclose(du.cpu(), torch.tensor([[0.0, 0, 0, 0.5, 0.5, 1, 1, 1]]), atol=1e-7)
+
+
+@pytest.mark.parametrize("room", [pytest.param(room, id=room, marks=ROOMS[room]) for room in ("triton", "gpu")])
+def test_second_stages_together(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for four sums of unlike sizes, more for more; what is timed on the way is not left to it."""
+    sums = importlib.import_module("difffit_fast.kernels.sums")
+    launches, launch = [], sums.launch
+    monkeypatch.setattr(sums, "launch", lambda *args, **more: (launches.append(more["SUMS"]), launch(*args, **more)))
+    shapes = ((2, 3, 130), (1, 17, 8), (3, 2, 300), (1, 9, 128), (2, 5, 40))
+    parts = [torch.randn(*shape).to(kernels(room).device) for shape in shapes]
+    with sums.together():
+        found = [sums.finish(part)[0] for part in parts]
+        assert not launches
+        with sums.apart():
+            (timed,) = sums.finish(parts[0])
+        assert launches == [1]
+        close("inside", timed, parts[0].double().sum(1).cpu())
+    assert launches == [1, 4, 1]
+    for part, total in zip(parts, found, strict=True):
+        close("sum", total, part.double().sum(1).cpu())
+    with pytest.raises(RuntimeError, match="broken"), sums.together():
+        sums.finish(parts[0])
+        raise RuntimeError("broken")
+    assert launches == [1, 4, 1] and len(sums.finish(parts[0])) == 1 and launches[-1] == 1  # nothing waits for ever
 
 
 @pytest.mark.gpu

@@ -235,8 +235,6 @@ class FastDiffFitDiT(DiT):
 
     def _biases(self, dtype: torch.dtype) -> Biases:
         blocks, d = self.blocks, self.hidden_size
-        if not blocks:
-            return Biases([], (), (), self.pos_embed.new_zeros(0, d, dtype=torch.float32))
         # Those with γ first, so that a split parts them: one copy in the backward, however many layers there are.
         order = sorted(range(len(blocks)), key=lambda i: blocks[i].attn.gamma1 is None)
         query, _, value = torch.stack([blocks[i].attn.qkv.bias for i in order]).view(-1, 3, d).unbind(1)

@@ -10,7 +10,6 @@ its backward (of both joins, of fc1's bias, of what acts on qkv) share one secon
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from . import attention, frozen_mlp
 from ._register import check_frozen, register, wide
-from .dispatch import pick, room, triton_kernels
+from .dispatch import one_stage, pick
 from .gemm import check_operands, dgrad, linear
 from .residual import (
     residual_adaln_backward,
@@ -51,13 +50,6 @@ def _check(
     for joint in (joint1, joint2):
         if joint.shape != (4, b, d):
             raise ValueError(f"block: the vectors of a join must be (4, {b}, {d}); got {tuple(joint.shape)}")
-
-
-def _one_stage(like: Tensor) -> Any:
-    """A context in which Triton's reductions leave their second stage to one launch at its end."""
-    if room(like.device, like.dtype) == "triton":
-        return triton_kernels("sums").together()
-    return contextlib.nullcontext()
 
 
 def _wide(like: Tensor, tensor: Tensor) -> Tensor:
@@ -136,7 +128,7 @@ def _backward(
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
     join = pick("residual", residual_adaln_backward, y1)
-    with _one_stage(y1):
+    with one_stage(y1):
         dy = None if dy is None else dy.contiguous()
         if dh is None:  # the end of a model that nothing but the stream is asked of
             dx = y2.new_zeros(y2.shape) if dy is None else dy

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +32,17 @@ def cuda_ops() -> Any | None:
 def triton_kernels(stem: str) -> ModuleType:
     """The module ``difffit_fast.kernels.<stem>``."""
     return importlib.import_module(f"difffit_fast.kernels.{stem}")
+
+
+def one_stage(like: torch.Tensor) -> AbstractContextManager[None]:
+    """A context in which Triton's reductions leave their second stage to one launch at its end."""
+    return triton_kernels("sums").together() if room(like.device, like.dtype) == "triton" else contextlib.nullcontext()
+
+
+def apart() -> AbstractContextManager[None]:
+    """Inside of :func:`one_stage`: a context in which every reduction is whole at once, as where things are timed."""
+    loaded = triton_kernels.cache_info().currsize > 0  # else no reduction can be waiting
+    return triton_kernels("sums").apart() if loaded else contextlib.nullcontext()
 
 
 def _has_cpp() -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import _ext
 from .._rooms import kernels_mode
 from ..errors import DiffFitError
-from .dispatch import cuda_ops
+from .dispatch import apart, cuda_ops
 from .gemm import dgrad, linear
 from .probe import Chooser, Decision
 
@@ -40,7 +40,7 @@ FUSED, UNFUSED = "cublaslt", "unfused"
 _FUSED_DTYPES = (torch.bfloat16, torch.float16)
 _MULTIPLE = 8  # of N and K
 
-_chooser = Chooser(UNFUSED)
+_chooser = Chooser(UNFUSED, around=apart)
 
 
 # -- which one -------------------------------------------------------------------------------------------------------

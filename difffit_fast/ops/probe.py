@@ -7,10 +7,12 @@ to run and with it the last bit of a sum: the default is taken.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,10 +40,17 @@ class Chooser:
     Args:
         default: name of the candidate that is used unless another is clearly faster.
         timer: times a call on a device, in microseconds (replaced in tests).
+        around: the context to time in.
     """
 
-    def __init__(self, default: str, timer: Callable[[Callable[[], Any], torch.device], float] | None = None) -> None:
+    def __init__(
+        self,
+        default: str,
+        timer: Callable[[Callable[[], Any], torch.device], float] | None = None,
+        around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self.default = default
+        self._around = around
         self._timer = timer or time_once
         self._decisions: dict[tuple, Decision] = {}
         self._lock = threading.Lock()
@@ -64,7 +73,8 @@ class Chooser:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             why = "first met inside a CUDA graph capture, where nothing can be timed"
             return self.record(key, Decision(default, why, lasting=False))
-        return self.record(key, self._compare(candidates, device, default))
+        with self._around():
+            return self.record(key, self._compare(candidates, device, default))
 
     def record(self, key: tuple, decision: Decision) -> str:
         """Keep ``decision`` unless a lasting one is there already; returns the choice that holds."""
