@@ -79,12 +79,8 @@ struct Sizes {
 template <class F>
 void for_units(int64_t units, int64_t parts, int64_t room, F f) {
   torch::stable::parallel_for(0, units * parts, 1, [&](int64_t begin, int64_t end) {
-    constexpr size_t line = 64;
-    size_t bytes = room * sizeof(float) + line;
-    const std::unique_ptr<char[]> memory(new char[bytes]);
-    void* aligned = memory.get();
-    std::align(line, bytes - line, aligned, bytes);
-    for (int64_t i = begin; i < end; ++i) f(i / parts, i % parts, static_cast<float*>(aligned));
+    const Aligned memory(room);
+    for (int64_t i = begin; i < end; ++i) f(i / parts, i % parts, memory.data);
   });
 }
 

@@ -81,23 +81,6 @@ DF_KERNEL void pack_queries(const T* x, int64_t stride, const float* bias, const
   });
 }
 
-inline int64_t panels_size(int64_t rows, int64_t d) { return (rows + kPanel - 1) / kPanel * kPanel * d; }
-
-// The transpose as panels of kPanel columns (Right{panels, kPanel, kPanel·d}), its row c times factor_c; zero behind
-// the last row of x.
-DF_KERNEL void pack_transposed(const float* x, int64_t ld, const float* factor, float* panels, int64_t rows,
-                               int64_t d) {
-  for (int64_t first = 0; first < rows; first += kPanel, panels += kPanel * d) {
-    const int64_t n = rows - first < kPanel ? rows - first : kPanel;
-    for (int64_t c = 0; c < d; ++c) {
-      const float* column = x + first * ld + c;
-      const float f = factor ? factor[c] : 1.0f;
-      for (int64_t j = 0; j < n; ++j) panels[c * kPanel + j] = column[j * ld] * f;
-      for (int64_t j = n; j < kPanel; ++j) panels[c * kPanel + j] = 0.0f;
-    }
-  }
-}
-
 // -- forward ---------------------------------------------------------------------------------------------------------
 // s <- exp(s - max) in every row of n, the inverse of the row's sum, and the logarithm of the sum of exp(s).
 template <int R>

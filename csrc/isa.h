@@ -56,4 +56,14 @@ inline const char* isa_name() {
   }
 }
 
+// Whether this is a processor of AMD.
+inline bool amd() {
+#ifdef DIFFFIT_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace difffit

@@ -103,4 +103,42 @@ DF_KERNEL void multiply(Left a, Right b, float* c, int64_t c_row, int64_t m, int
   }
 }
 
+// -- packing ---------------------------------------------------------------------------------------------------------
+inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+inline int64_t panels_size(int64_t n, int64_t k) { return panels(n) * kPanel * k; }
+
+// Columns of x (k, n), n a multiple of W, as panels (Right{to, kPanel, kPanel·k}): panels first, ..., last - 1.
+DF_KERNEL void pack_columns(const float* x, float* to, int64_t k, int64_t n, int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; ++p) {
+    float* panel = to + p * kPanel * k;
+    const int64_t width = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+    for (int64_t i = 0; i < k; ++i) {
+      const float* row = x + i * n + p * kPanel;
+      for (int64_t j = 0; j < width; j += W) store(panel + i * kPanel + j, load(row + j, Full{}), Full{});
+      for (int64_t j = width; j < kPanel; j += W) store(panel + i * kPanel + j, vf{}, Full{});
+    }
+  }
+}
+
+// The transpose of x (rows, d) as panels (Right{panels, kPanel, kPanel·d}), its row c times factor_c; zero behind
+// the last row of x.
+DF_KERNEL void pack_transposed(const float* x, int64_t ld, const float* factor, float* panels, int64_t rows,
+                               int64_t d) {
+  for (int64_t first = 0; first < rows; first += kPanel, panels += kPanel * d) {
+    const int64_t n = rows - first < kPanel ? rows - first : kPanel;
+    for (int64_t c = 0; c < d; ++c) {
+      const float* column = x + first * ld + c;
+      const float f = factor ? factor[c] : 1.0f;
+      for (int64_t j = 0; j < n; ++j) panels[c * kPanel + j] = column[j * ld] * f;
+      for (int64_t j = n; j < kPanel; ++j) panels[c * kPanel + j] = 0.0f;
+    }
+  }
+}
+
+// The same of the transpose of x (n, k): panels first, ..., last - 1.
+DF_KERNEL void pack_rows(const float* x, float* to, int64_t k, int64_t n, int64_t first, int64_t last) {
+  const int64_t begin = first * kPanel, end = last * kPanel < n ? last * kPanel : n;
+  pack_transposed(x + begin * k, k, nullptr, to + begin * k, end - begin, k);
+}
+
 }  // namespace difffit::DF_ISA

@@ -29,6 +29,7 @@ std::string compiler() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of difffit_fast: torch.ops.difffit_fast_cpp.*";
   m.def("cpu_capability", &difffit::isa_name, "Instruction set of the kernels on this processor.");
+  m.def("cpu_is_amd", &difffit::amd, "Whether this is a processor of AMD.");
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = compiler();

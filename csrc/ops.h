@@ -100,6 +100,24 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
 
+// -- memory ----------------------------------------------------------------------------------------------------------
+// Floats that begin on a cache line, not initialised.
+struct Aligned {
+  float* data;
+
+  explicit Aligned(int64_t floats) : memory_(new char[floats * sizeof(float) + kLine]) {
+    size_t bytes = floats * sizeof(float) + kLine;
+    void* aligned = memory_.get();
+    data = static_cast<float*>(std::align(kLine, floats * sizeof(float), aligned, bytes));
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<char[]> memory_;
+};
+
+constexpr int64_t kGranule = 16;  // the widest vector: sizes that are multiples of it need no half vectors
+
 // -- chunks ----------------------------------------------------------------------------------------------------------
 constexpr int64_t kChunkRows = 32;
 constexpr int64_t kGrain = 16384;  // elements below which a thread is not worth waking

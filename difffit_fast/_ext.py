@@ -41,6 +41,8 @@ OPERATIONS = (
     "residual_adaln_backward",
     "gelu_forward",
     "gelu_backward",
+    "mlp_forward",
+    "mlp_backward",
     "colsum",
     "modulation_forward",
     "modulation_backward",
@@ -187,6 +189,13 @@ def _installed_elsewhere() -> Path | None:
         if (package / "__init__.py").is_file() and package.resolve() != _PACKAGE.resolve():
             return package
     return None
+
+
+@functools.cache
+def cpu_is_amd() -> bool:
+    """Whether the extension is there and says that this is a processor of AMD."""
+    module, _ = _library()
+    return module is not None and module.cpu_is_amd()
 
 
 # -- telling ---------------------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def _forward(
     branch1 = linear(o.view(-1, d), proj).view(shape)
     y1, h, mean1, rstd1 = join(x.contiguous(), branch1, *_wide(x, joint1).unbind(), eps)
 
-    g, u = frozen_mlp.activate(h.view(-1, d), fc1, bias1_cast)
-    branch2 = linear(g, fc2).view(shape)
+    branch2, u = frozen_mlp.forward(h.view(-1, d), fc1, bias1_cast, fc2)
+    branch2 = branch2.view(shape)
     y2, h, mean2, rstd2 = join(y1, branch2, *_wide(x, joint2).unbind(), eps)
     return y2, h, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2
 
@@ -136,9 +136,8 @@ def _backward(
             djoint2 = torch.cat([torch.stack(two), joint2.new_zeros(2, *joint2.shape[1:])])
         else:
             dx, dbranch, djoint2 = join(dh.contiguous(), dy, y2, branch2, joint2[0], joint2[2], mean2, rstd2)
-        du, dbias1 = frozen_mlp.activate_backward(dbranch.view(-1, d), fc2, u)
-        dh = dgrad(du, fc1).view(shape)
-        dx, dbranch, djoint1 = join(dh, dx, y1, branch1, joint1[0], joint1[2], mean1, rstd1)
+        dh, dbias1 = frozen_mlp.backward(dbranch.view(-1, d), fc1, fc2, u, True)
+        dx, dbranch, djoint1 = join(dh.view(shape), dx, y1, branch1, joint1[0], joint1[2], mean1, rstd1)
         do = dgrad(dbranch.view(-1, d), proj).view(shape)
         dz, dvectors = attention.backward(do, z, _wide(y1, vectors), o, lse, num_heads, backend)
         dh = dgrad(dz.view(-1, 3 * d), qkv).view(shape) if need_dh else dz.new_empty(0)

@@ -8,6 +8,7 @@ The second bias is not here: it enters with the residual (see :mod:`.residual`).
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _ext
+from ..errors import DiffFitError
 from ._register import check_frozen, register, wide
-from .dispatch import pick
-from .gemm import check_operands, dgrad, linear
+from .dispatch import cpp_ops, pick
+from .gemm import check_operands, dgrad, has_packed, linear
 from .linear_gelu import dgelu_dgrad, linear_gelu
 
 _K = math.sqrt(2 / math.pi)
@@ -45,27 +47,63 @@ def _check(h: Tensor, w1: Tensor, w2: Tensor) -> None:
         )
 
 
-def activate(h: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """g = gelu(u) and u = h·w1ᵀ + b1, both (M, F), of a matrix h (M, D); on CUDA in one cuBLASLt call where that is faster."""
+def in_pieces(h: Tensor, w1: Tensor) -> bool:
+    """Whether the C++ kernels make both products of a matrix ``h`` (M, D), piece by piece, with GELU in between in the cache.
+
+    ``DIFFFIT_FAST_MLP`` says so: ``pieces`` wherever they can (float32 on the CPU, sizes that whole vectors divide),
+    ``products`` nowhere, ``auto`` where they were measured to be faster than PyTorch's own products: on processors of AMD.
+    By the machine, not by the clock: a run that goes on on the same machine computes the same bits.
+    """
+    asked = _asked()
+    if asked == "products" or h.device.type != "cpu" or h.dtype != torch.float32 or 0 in w1.shape:
+        return False
+    if w1.shape[0] % _GRANULE or w1.shape[1] % _GRANULE or pick("frozen_mlp", gelu_forward, h) is gelu_forward:
+        return False
+    if asked == "pieces":
+        return True
+    # Few rows are not worth packing the weights for, and kept packed weights need no packing.
+    return h.shape[0] >= _FEW_ROWS and _ext.cpu_is_amd() and not has_packed(w1)
+
+
+_GRANULE, _FEW_ROWS = 16, 256
+
+
+def _asked() -> str:
+    asked = os.environ.get("DIFFFIT_FAST_MLP", "auto") or "auto"
+    if asked not in ("auto", "pieces", "products"):
+        raise DiffFitError(f"DIFFFIT_FAST_MLP must be auto, pieces or products; got {asked!r}")
+    return asked
+
+
+def forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    """branch (M, D) and u = h·w1ᵀ + b1 (M, F) of a matrix h (M, D)."""
+    if in_pieces(h, w1):
+        return cpp_ops().mlp_forward(h.contiguous(), w1.contiguous(), b1.float().contiguous(), w2.contiguous())
     gelu = pick("frozen_mlp", gelu_forward, h)
-    if h.device.type == "cuda":
-        return linear_gelu(h, w1, b1, gelu)
-    u = linear(h, w1, b1)
-    return gelu(u), u
+    if h.device.type == "cuda":  # in one cuBLASLt call where that is faster
+        g, u = linear_gelu(h, w1, b1, gelu)
+    else:
+        u = linear(h, w1, b1)
+        g = gelu(u)
+    return linear(g, w2), u
 
 
-def activate_backward(dbranch: Tensor, w2: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """du (M, F) and db1 (F,), float32, from the gradient of what fc2 gives, (M, D)."""
+def backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
+    """dh (M, D), empty where it is not needed, and db1 (F,), float32, from the gradient of the branch, (M, D)."""
+    if in_pieces(dbranch, w1):
+        dh, db1 = cpp_ops().mlp_backward(dbranch.contiguous(), w1.contiguous(), w2.contiguous(), u, need_dh)
+        return (dh if need_dh else dbranch.new_empty(0)), db1
     gelu = pick("frozen_mlp", gelu_backward, u)
     if u.device.type == "cuda":
-        return dgelu_dgrad(dbranch, w2, u, gelu)
-    return gelu(dgrad(dbranch, w2), u)
+        du, db1 = dgelu_dgrad(dbranch, w2, u, gelu)
+    else:
+        du, db1 = gelu(dgrad(dbranch, w2), u)
+    return (dgrad(du, w1) if need_dh else dbranch.new_empty(0)), db1
 
 
 def _forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     _check(h, w1, w2)
-    g, u = activate(h.reshape(-1, h.shape[-1]), w1, b1)
-    branch = linear(g, w2)
+    branch, u = forward(h.reshape(-1, h.shape[-1]), w1, b1, w2)
     return branch.view(*h.shape[:-1], w2.shape[0]), u
 
 
@@ -77,9 +115,8 @@ def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor
 
 def _backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
     dbranch2 = dbranch.reshape(-1, w2.shape[0]).contiguous()
-    du, db1 = activate_backward(dbranch2, w2, u)
-    dh = dgrad(du, w1).view(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dbranch.new_empty(0)
-    return dh, db1
+    dh, db1 = backward(dbranch2, w1, w2, u, need_dh)
+    return (dh.view(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dh), db1
 
 
 def _backward_fake(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
@@ -121,6 +158,7 @@ _frozen_mlp = register(
     backward=_autograd,
 )
 _ext.register_operation("frozen_mlp")
+_ext.register_choice("frozen_mlp", lambda: {"DIFFFIT_FAST_MLP": _asked(), "processor of AMD": _ext.cpu_is_amd()})
 
 
 def frozen_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:

@@ -103,6 +103,11 @@ def _packed(weight: Tensor, rows: int) -> Tensor | None:
     return None if packed is None else packed.get(weight, rows)
 
 
+def has_packed(weight: Tensor) -> bool:
+    """Whether :func:`keep_packed` keeps a copy of this weight."""
+    return bool(_PACKED) and weight.data_ptr() in _PACKED
+
+
 def check_operands(name: str, x: Tensor, weight: Tensor) -> None:
     """Raise with both sides' shapes and dtypes when ``linear(x, weight)`` cannot work."""
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:

@@ -1,0 +1,211 @@
+"""Both products of the MLP as one C++ operation: numbers against float64, odd numbers of rows, same bits, errors, and the
+choice between it and PyTorch's products."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from optest import BF16, F32, KERNEL_SLACK
+from optest import draw as draw_double
+from test_cpp_kernels import capability
+from torch import Tensor
+from torch.nn import functional as F
+
+from difffit_fast import _ext, kernel_report
+from difffit_fast.errors import DiffFitError
+from difffit_fast.ops.block import block
+from difffit_fast.ops.frozen_mlp import frozen_mlp, in_pieces
+
+pytestmark = pytest.mark.skipif(not _ext.load(), reason="the C++ extension is not built")
+ops = torch.ops.difffit_fast_cpp
+
+ROWS = [0, 1, 5, 31, 32, 33, 255, 300, 1100]
+SIZES = [(16, 16), (32, 144), (48, 272), (80, 528), (384, 1536)]  # D, F: pieces of the hidden channels are 256 wide
+
+
+def draw(*size: int) -> Tensor:
+    return draw_double(*size, dtype=F32)
+
+
+def inputs(m: int, d: int, f: int) -> tuple[Tensor, ...]:
+    """dbranch, h, w1, b1, w2."""
+    torch.manual_seed(m + d + f)
+    return draw(m, d), draw(m, d), 2 * draw(f, d) / d**0.5, draw(f), draw(d, f) / f**0.5
+
+
+def both(dbranch: Tensor, h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> list[Tensor]:
+    branch, u = ops.mlp_forward(h, w1, b1, w2)
+    return [branch, u, *ops.mlp_backward(dbranch, w1, w2, u, True)]
+
+
+def check(m: int, d: int, f: int) -> None:
+    given = inputs(m, d, f)
+    dbranch, h, w1, b1, w2 = (x.double() for x in given)
+    h.requires_grad_()
+    got = both(*given)
+    u = h @ w1.t() + b1
+    u.retain_grad()
+    branch = F.gelu(u, approximate="tanh") @ w2.t()
+    branch.backward(dbranch)
+    wanted = {"branch": branch, "u": u, "dh": h.grad, "db1": u.grad.sum(0)}
+    for (name, want), x in zip(wanted.items(), got, strict=True):
+        assert x.shape == want.shape and x.dtype == F32, name
+        size = want.detach().abs().max().item() if want.numel() else 0.0
+        if name == "db1" and m:  # of terms that cancel
+            size = u.grad.abs().sum(0).max().item()
+        error = (x.double() - want.detach()).abs().max().item() if want.numel() else 0.0
+        assert error <= KERNEL_SLACK * size, f"{name}: off by {error / size:.1e} of {size:.1e}"
+
+
+@pytest.mark.parametrize(("d", "f"), SIZES)
+@pytest.mark.parametrize("m", ROWS)
+def test_numbers(m: int, d: int, f: int) -> None:
+    check(m, d, f)
+
+
+def test_without_the_gradient_of_the_input() -> None:
+    dbranch, h, w1, b1, w2 = inputs(77, 48, 272)
+    _, u, _, db = both(dbranch, h, w1, b1, w2)
+    nothing, alone = ops.mlp_backward(dbranch, w1, w2, u, False)
+    assert nothing.numel() == 0 and torch.equal(alone, db)
+
+
+def test_nan_stays_in_its_row() -> None:
+    dbranch, h, w1, b1, w2 = inputs(70, 32, 144)
+    h[40, 3] = math.nan
+    branch, u, dh, db = both(dbranch, h, w1, b1, w2)
+    others = torch.arange(70) != 40
+    for x in (branch, u, dh):
+        assert x[40].isnan().all() and x[others].isfinite().all()
+    assert db.isnan().all()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("m", [33, 300, 1100])
+def test_the_same_bits_with_any_number_of_threads(m: int, threads: None) -> None:
+    given = inputs(m, 48, 528)
+    torch.set_num_threads(1)
+    one = both(*given)
+    for n in (1, 2, 3, 8):
+        torch.set_num_threads(n)
+        for i, (p, q) in enumerate(zip(one, both(*given), strict=True)):
+            assert torch.equal(p, q), f"output {i} differs with {n} threads"
+
+
+def test_rows_alone_give_the_same_bits() -> None:
+    dbranch, h, w1, b1, w2 = inputs(300, 48, 528)
+    together = both(dbranch, h, w1, b1, w2)
+    for first in (0, 37, 299):
+        part = slice(first, first + 20)
+        for p, q in zip(together[:3], both(dbranch[part], h[part], w1, b1, w2), strict=False):
+            assert torch.equal(p[part], q)
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    w1, many, few = torch.zeros(64, 32), torch.zeros(256, 32), torch.zeros(255, 32)
+    for amd in (True, False):
+        monkeypatch.setattr(_ext, "cpu_is_amd", lambda amd=amd: amd)
+        monkeypatch.setenv("DIFFFIT_FAST_MLP", "auto")
+        assert in_pieces(many, w1) == amd and not in_pieces(few, w1)
+        monkeypatch.setenv("DIFFFIT_FAST_MLP", "pieces")
+        assert in_pieces(few, w1)
+        assert not in_pieces(torch.zeros(256, 40), torch.zeros(64, 40)) and not in_pieces(many, w1[:60])
+        assert not in_pieces(many.bfloat16(), w1.bfloat16()) and not in_pieces(many.double(), w1.double())
+        monkeypatch.setenv("DIFFFIT_FAST_MLP", "products")
+        assert not in_pieces(many, w1)
+    monkeypatch.setenv("DIFFFIT_FAST_MLP", "pieces")
+    monkeypatch.setenv("DIFFFIT_FAST_KERNELS", "reference")
+    assert not in_pieces(many, w1)
+    monkeypatch.setenv("DIFFFIT_FAST_MLP", "both")
+    with pytest.raises(DiffFitError, match="DIFFFIT_FAST_MLP must be auto, pieces or products; got 'both'"):
+        in_pieces(many, w1)
+
+
+def test_the_report_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFFIT_FAST_MLP", "pieces")
+    assert kernel_report()["choices"]["frozen_mlp"]["DIFFFIT_FAST_MLP"] == "pieces"
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_both_ways_agree_in_the_operation_and_in_the_block(monkeypatch: pytest.MonkeyPatch, strided: bool) -> None:
+    torch.manual_seed(3)
+    b, t, d, f, heads = 2, 37, 48, 144, 3
+    h = draw(b, d, t).mT if strided else draw(b, t, d)
+    weights = tuple(draw(n, k) / k**0.5 for n, k in ((3 * d, d), (d, d), (f, d), (d, f)))
+    b1, vectors, joints = draw(f), draw(1, 1, d), (draw(4, b, d), draw(4, b, d))
+    found = {}
+    for way in ("pieces", "products"):
+        monkeypatch.setenv("DIFFFIT_FAST_MLP", way)
+        x, bias = h.clone().requires_grad_(), b1.clone().requires_grad_()
+        if strided:
+            x = h.detach().requires_grad_()
+        y = frozen_mlp(x, weights[2], bias, weights[3])
+        y.backward(torch.cos(y.detach()))
+        found[way] = [y.detach(), x.grad, bias.grad]
+        x, bias = h.detach().clone().requires_grad_(), b1.clone().requires_grad_()
+        y, z = block(x, x, weights, vectors, bias, joints, heads)
+        (y + torch.sin(z)).sum().backward()
+        found[way] += [y.detach(), z.detach(), x.grad, bias.grad]
+    for p, q in zip(found["pieces"], found["products"], strict=True):
+        assert not torch.equal(p, torch.zeros_like(p))
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5 * q.abs().max().item())
+
+
+# -- errors and instruction sets -------------------------------------------------------------------------------------
+def test_errors_say_what_was_expected_and_what_came() -> None:
+    h, w1, b1, w2 = torch.zeros(5, 32), torch.zeros(48, 32), torch.zeros(48), torch.zeros(32, 48)
+    u = torch.zeros(5, 48)
+    cases = [
+        (lambda: ops.mlp_forward(h, w1[:40], b1, w2), r"mlp_forward: w2 must have shape \(32, 40\); got \(32, 48\)"),
+        (lambda: ops.mlp_forward(h[:, :16].contiguous(), w1, b1, w2), r"h must have shape \(5, 32\); got \(5, 16\)"),
+        (lambda: ops.mlp_forward(h.to(BF16), w1, b1, w2), r"h must be float32; got BFloat16"),
+        (lambda: ops.mlp_forward(h, w1.mT, b1, w2), r"w1 must be contiguous"),
+        (lambda: ops.mlp_forward(h, w1, b1[:47], w2), r"b1 must have shape \(48\); got \(47\)"),
+        (
+            lambda: ops.mlp_forward(h, w1[:40].contiguous(), b1[:40], w2[:, :40].contiguous()),
+            r"the sizes of w1 must be multiples of 16; got \(40, 32\)",
+        ),
+        (lambda: ops.mlp_backward(h[:4], w1, w2, u, True), r"dbranch must have shape \(5, 32\); got \(4, 32\)"),
+    ]
+    for call, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def check_instruction_set(name: str) -> None:
+    """For a process of its own: the choice is made once, at the first call."""
+    for m, (d, f) in zip((1, 33, 300, 77), SIZES, strict=False):
+        check(m, d, f)
+    test_nan_stays_in_its_row()
+    assert capability() == name
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_of_this_processor(name: str) -> None:
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(name) >= order.index(capability()):
+        pytest.skip("the other tests use it, or the processor does not have it")
+    script = f"import test_cpp_mlp as t, conftest\nwith conftest.poison(): t.check_instruction_set({name!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "DIFFFIT_FAST_CPU": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
