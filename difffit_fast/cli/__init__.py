@@ -24,6 +24,7 @@ VERBS = {
     "sample": "make images from a model, with a delta or without",
     "merge": "fold a delta into its base: an ordinary DiT checkpoint",
     "inspect": "say what a checkpoint, a delta or a run is",
+    "check": "find what is wrong, left out or suspicious in images, a model file, features or a run",
     "bench": "measure the speed of a training step on this machine",
     "eval": "FID, precision, recall and more between two sets of images",
     "prepare": "bring a data set's downloaded archive into folders by class",

@@ -88,9 +88,7 @@ class LatentCache:
     def load(self, index: int, seed: int) -> tuple[Tensor, int]:
         """One visit: ``(x float32 [channels, size, size], label)``; latents scaled, pixels in [-1, 1]."""
         index = check_index(index, len(self))
-        shard = bisect_right(self._ends, index)
-        row = index - (self._ends[shard - 1] if shard else 0)
-        stored: np.ndarray = self._shard(shard)[row : row + 1][0]
+        stored = self.stored(index)
         label = int(self.labels[index])
         rng = visit_rng(seed)
         # Drawn whether or not it is used: the noise of a visit does not depend on ``flip``.
@@ -106,6 +104,13 @@ class LatentCache:
             x -= np.float32(self.shift)
         x *= np.float32(self.scale)
         return torch.from_numpy(x), label
+
+    def stored(self, index: int) -> np.ndarray:
+        """What the cache holds of image ``index``: moments (2, 2C, h, w), or pixels uint8 (3, H, W)."""
+        index = check_index(index, len(self))
+        shard = bisect_right(self._ends, index)
+        row = index - (self._ends[shard - 1] if shard else 0)
+        return self._shard(shard)[row : row + 1][0]
 
     def report(self) -> list[BadImage]:
         """The damaged images that extraction left out."""
