@@ -386,12 +386,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(
     trainer.objective.encode = lambda batch: {
         **encode(batch), "noise": batch["noise"] * (math.nan if trainer.step == 5 else 1)
     }  # fmt: skip
-    with pytest.raises(NonFiniteLossError, match="nan at step 6; the checkpoint of step 4 is kept"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss became nan at step 6 \(.*\); the checkpoint of step 4 is kept"
+    ):
         trainer.train()
     assert CheckpointFolder(trainer.folder / "checkpoints").newest().step == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_a_checkpoint(images: Path, tmp_path: Path, number: int) -> None:
     with pytest.warns(UserWarning):
         trainer = Trainer(**settings(images, tmp_path))

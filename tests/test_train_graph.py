@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_a_number_is_noticed(images: Path, tmp_path: Path) ->
     trainer.objective.encode = lambda batch: {
         **encode(batch), "noise": batch["noise"] * (math.nan if trainer.step == 4 else 1)
     }  # fmt: skip
-    with pytest.raises(NonFiniteLossError, match="nan at step 5; the checkpoint of step 4 is kept"):
+    with pytest.raises(NonFiniteLossError, match="nan at step 5 .*; the checkpoint of step 4 is kept"):
         trainer.train()
     assert recorder.replays == 5
 
@@ -463,7 +463,7 @@ def test_nothing_in_a_step_waits_for_the_device(
 
     trainer._one_step = watched
     trainer.train()
-    assert len(numbers) == 6 and all(sums.shape == (2,) and math.isfinite(sums[0]) for _, sums in numbers)
+    assert len(numbers) == 6 and all(sums.shape == (3,) and sums.isfinite().all() for _, sums in numbers)
 
 
 @pytest.mark.parametrize(

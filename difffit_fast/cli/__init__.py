@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from .._words import nearest
 from ..errors import DiffFitError
+from .terminal import voices
 
 VERBS = {
     "train": "fine-tune a DiT on a folder of images by class",
@@ -65,8 +66,14 @@ class _Formatter(argparse.HelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``difffit`` with ``argv`` (default: the process's) and return its exit code.
 
-    0: done; 1: the job ended badly (a lost process, a loss that is not a number); 2: the user's to mend.
+    0: done; 1: the job ended badly (a lost process, a loss that is not a number); 2: the user's to mend. Whether anybody
+    reads what is printed changes neither the job nor its code.
     """
+    with voices():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = "difffit"
     debug = "--debug" in arguments
@@ -94,8 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     except (DiffFitError, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -6,12 +6,13 @@
         state.json                     step, position in the data, generators, settings, checksums of both files
 
 The folder appears last, under its final name, by one rename: a step whose folder is missing or whose checksums do not
-match was torn by a kill, and the one before it is used.
+match was torn by a kill, and the one before it is used; so is it where values are not finite.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,6 +52,7 @@ class CheckpointFolder:
     def __init__(self, path: str | os.PathLike[str], keep: int = 0) -> None:
         self.path = Path(path)
         self.keep = keep
+        self._whole: set[int] = set()  # steps that were written or verified through this object
 
     def steps(self) -> list[int]:
         """The steps of which anything lies here, in order, whole or not."""
@@ -77,24 +80,39 @@ class CheckpointFolder:
             folder.mkdir()
             write_delta(delta)
             write_safetensors(folder / "tensors.safetensors", tensors)
-            sums = {"delta": sha256(delta), "tensors": sha256(folder / "tensors.safetensors")}
-            write_text(
-                folder / "state.json", json.dumps({**info, "version": VERSION, "step": step, "sha256": sums}, indent=1)
-            )
+            info = {**info, "version": VERSION, "step": step}
+            sums = {
+                "delta": sha256(delta), "tensors": sha256(folder / "tensors.safetensors"), "state": _state_sum(info),
+            }  # fmt: skip
+            write_text(folder / "state.json", json.dumps({**info, "sha256": sums}, indent=1))
             os.rename(folder, final)
             _flush_folder(self.path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self.prune()
+        self._whole.add(step)
+        self.prune(step)
         return delta
 
-    def prune(self) -> None:
-        """Remove the oldest checkpoints beyond the count, and what killed processes left half written."""
-        steps = self.steps()
-        for step in steps[: -self.keep] if self.keep else []:
-            _remove(self.state_path(step))
-            self.delta_path(step).unlink(missing_ok=True)
+    def prune(self, newest: int | None = None) -> None:
+        """Remove what is older than the ``keep`` newest whole checkpoints, and what killed processes left half written.
+
+        Torn ones do not count, so that there is always a whole one; ``newest``, the one just written, stays whatever else
+        is there.
+        """
+        whole = 0
+        for step in reversed(self.steps()) if self.keep else ():
+            if whole >= self.keep and step != newest:
+                _remove(self.state_path(step))
+                self.delta_path(step).unlink(missing_ok=True)
+            elif self._is_whole(step):
+                whole += 1
         self.sweep()
+
+    def _is_whole(self, step: int) -> bool:
+        if step not in self._whole:
+            with contextlib.suppress(DiffFitError):
+                self.read(step)
+        return step in self._whole
 
     def sweep(self) -> None:
         """Remove temporary files; nobody else may be writing here."""
@@ -127,11 +145,25 @@ class CheckpointFolder:
             for name, path in (("delta", delta), ("tensors", folder / "tensors.safetensors")):
                 if sha256(path) != sums[name]:
                     raise DiffFitError(f"{path} is damaged: its checksum differs from the recorded one")
+            # Earlier versions recorded none of the state itself.
+            if "state" in sums and sums["state"] != _state_sum(info):
+                raise DiffFitError(f"{folder / 'state.json'} is damaged: its checksum differs from the recorded one")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DiffFitError(f"{folder} cannot be read: {error}") from error
         if info.get("version") != VERSION:
             raise DiffFitError(f"{folder} has version {info.get('version')}; this package reads {VERSION}")
-        return Checkpoint(step, delta, folder, info)
+        checkpoint = Checkpoint(step, delta, folder, info)
+        for name, tensor in checkpoint.tensors().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise DiffFitError(f"{folder / 'tensors.safetensors'} cannot be resumed from: {name} is not finite")
+        self._whole.add(step)
+        return checkpoint
+
+
+def _state_sum(info: Mapping[str, Any]) -> str:
+    """The checksum of what ``state.json`` says beside checksums, however it is laid out."""
+    said = {key: value for key, value in info.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and Ctrl-C end a run after the current step, with a checkpoint."""
+"""Being told to stop: SIGTERM, Ctrl-C and a terminal that closes end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 
 class Interrupt:
-    """A context in which SIGTERM and SIGINT set :attr:`number`; a second Ctrl-C raises ``KeyboardInterrupt`` at once.
+    """A context in which SIGTERM, SIGINT and SIGHUP set :attr:`number`; a second Ctrl-C raises ``KeyboardInterrupt`` at once.
 
-    Outside the main thread, where Python cannot catch signals, nothing is changed.
+    A hang-up that is ignored already (``nohup``) stays ignored. Outside the main thread, where Python cannot catch signals,
+    nothing is changed.
     """
 
     def __init__(self) -> None:
@@ -19,7 +20,11 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+            asked = [signal.SIGTERM, signal.SIGINT]
+            hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+            if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+                asked.append(hang_up)
+            self._previous = {n: signal.signal(n, self._note) for n in asked}
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the device knows of past steps, the loss and the wish to stop: on CUDA read while the next step runs."""
+"""What the device knows of past steps, loss, gradients' norm and the wish to stop: on CUDA read while the next step runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .interrupt import Interrupt
 
 
 class NonFiniteLossError(DiffFitError):
-    """The loss became infinite or not a number."""
+    """The loss, a gradient or a trained value became infinite or not a number."""
 
     exit_code = 1
 
@@ -30,6 +30,7 @@ class Readback:
     Args:
         window: losses since the last line of the log, of the run that goes on.
         tell: hears each loss as it is read.
+        blame: says of a step whose numbers are not finite which image or tensor it was, or nothing ("").
 
     Attributes:
         window: losses since :meth:`close_window`, of all steps that were read.
@@ -43,8 +44,9 @@ class Readback:
         checkpoints: CheckpointFolder,
         window: list[float],
         tell: Callable[[float], None],
+        blame: Callable[[int], str] = lambda step: "",
     ) -> None:
-        self.window, self.tell = window, tell
+        self.window, self.tell, self.blame = window, tell, blame
         self._batch_size, self._alone = config.global_batch_size, world.size == 1
         self._interrupt, self._checkpoints = interrupt, checkpoints
         self._unread: deque[tuple[int, Tensor, Any]] = deque()
@@ -52,14 +54,14 @@ class Readback:
         self._heard = False
 
     def push(self, step: int, numbers: Tensor) -> None:
-        """Take the sums of losses and wishes of a step, and read what has come; on CUDA that of the step before.
+        """Take a step's numbers (:meth:`.step.Stepper.exchange`), and read what has come; on CUDA that of the step before.
 
         Raises:
-            NonFiniteLossError: a loss that was read is infinite or not a number.
+            NonFiniteLossError: a loss or the norm of the gradients that was read is infinite or not a number.
         """
         ready = None
         if numbers.device.type == "cuda":
-            numbers = torch.empty(2, pin_memory=True).copy_(numbers, non_blocking=True)
+            numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
         self._unread.append((step, numbers, ready))
@@ -71,10 +73,11 @@ class Readback:
             step, numbers, ready = self._unread.popleft()
             if ready is not None:
                 ready.synchronize()
-            loss_sum, wish = numbers.tolist()
+            loss_sum, wish, norm = numbers.tolist()
             loss = loss_sum / self._batch_size
-            if not math.isfinite(loss):
-                raise self._non_finite(step, loss)
+            for what, value in (("the loss", loss), ("the norm of the gradients", norm)):
+                if not math.isfinite(value):
+                    raise self._non_finite(step, what, value)
             self.window.append(loss)
             self.tell(loss)
             if wish and not self._interrupt.number:  # another process was told to stop
@@ -96,10 +99,11 @@ class Readback:
         losses = self.window or self._closed
         return sum(losses) / len(losses) if losses else math.nan
 
-    def _non_finite(self, step: int, loss: float) -> NonFiniteLossError:
-        steps = [s for s in self._checkpoints.steps() if s < step]
-        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+    def _non_finite(self, step: int, what: str, value: float) -> NonFiniteLossError:
+        newest = self._checkpoints.newest()
+        kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no whole checkpoint"
+        who = self.blame(step)
         return NonFiniteLossError(
-            f"the loss became {loss} at step {step}; {kept} in {self._checkpoints.path.parent}; try a lower --lr, "
-            "--max-grad-norm 1 or --precision fp32"
+            f"{what} became {value} at step {step}{f' ({who})' if who else ''}; {kept} in {self._checkpoints.path.parent}; try "
+            "a lower --lr, --max-grad-norm 1 or --precision fp32"
         )

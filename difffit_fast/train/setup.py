@@ -17,7 +17,7 @@ from .config import DEFAULT_STEPS, TrainConfig
 from .methods import build_model, objective_of, read_base
 from .objective import DTYPES, Objective, choose_precision
 from .source import Source, count_classes, open_source
-from .stream import TrainStream, ValidationStream, choose, hold_out
+from .stream import TrainStream, ValidationStream, affordable_workers, choose, hold_out
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Parts:
         model: on the device, and sharded if it is to be; ``forward`` is how to call it, compiled or not.
         parameters: what trains, by name.
         space: decodes samples; None where there is nothing to decode them with.
+        num_workers: processes that load data, as many as wished or as there is shared memory for.
         captured: whether forward and backward are to run from a CUDA graph.
         notes: what the user should hear.
     """
@@ -46,6 +47,7 @@ class Parts:
     space: LatentSpace | PixelSpace | None
     class_names: list[str]
     total_steps: int
+    num_workers: int
     captured: bool
     notes: list[str]
 
@@ -84,11 +86,15 @@ def assemble(
     if not parameters:
         raise DiffFitError("the model has no trainable parameter")
     names = list(source.data.class_names)
+    mine = -(-config.global_batch_size // world.size)
+    workers, few = affordable_workers(config.num_workers * world.size, stream.batch_bytes(mine))
+    workers //= world.size
     return Parts(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
         forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
         space=source.decoder, class_names=names + [f"class {i}" for i in range(len(names), num_classes)],
-        total_steps=effective.max_steps, captured=captured, notes=[note for note in (slow, how) if note],
+        total_steps=effective.max_steps, num_workers=workers, captured=captured,
+        notes=[note for note in (slow, how, few) if note],
     )  # fmt: skip
 
 

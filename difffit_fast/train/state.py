@@ -14,9 +14,10 @@ from ..data.base import visit_seed
 from ..errors import DiffFitError
 from ..models.delta import base_hash, read_delta
 from .checkpoint import Checkpoint, CheckpointFolder
-from .ema import EMA
+from .ema import EMA, local
 from .generators import generators_state, seed_generators, set_generators_state
 from .output import write_output
+from .readback import NonFiniteLossError
 from .setup import Parts
 
 
@@ -111,12 +112,24 @@ class RunState:
             "position": progress.position, "updates": self.ema.updates, "window": progress.window,
             "generators": generators, "config": config.to_dict(),
         }  # fmt: skip
+        name = first_non_finite(tensors)
+        if name is not None:
+            newest = folder.newest()
+            kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no whole checkpoint"
+            raise NonFiniteLossError(
+                f"{name} is not finite after step {progress.step}, which is not saved; {kept} in {folder.path.parent}"
+            )
         try:
             return folder.save(
                 progress.step, lambda path: write_output(parts.model, averages, path, metadata), tensors, info
             )
         except OSError as error:
             raise DiffFitError(f"cannot write the checkpoint of step {progress.step}: {error}") from error
+
+
+def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is infinite or not a number; None where there is none."""
+    return next((name for name, t in tensors.items() if not bool(torch.isfinite(local(t)).all())), None)
 
 
 # -- as named tensors --------------------------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ class Stepper:
         (loss * self.scale).backward()
 
     def exchange(self, loss: Tensor, wish: int) -> Tensor:
-        """Add up gradients over the processes; returns the sums of losses and of wishes to stop, (2,), on the device.
+        """Add up gradients over the processes; returns the sums of losses and of wishes to stop and the gradients' norm, (3,),
+        on the device.
 
         Raises:
             LostProcessError: a peer has gone; model and optimizer are as they were after the last step.
@@ -136,13 +137,19 @@ class Stepper:
                         p.grad = torch.zeros_like(p)
                     gradients.append(p.grad)
             self.world.sum_([*gradients, numbers])
-        return numbers
+        self._norm = self._gradient_norm()
+        return torch.cat([numbers, self._norm.reshape(1)])
+
+    def _gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients, (), whole where they are sharded: not finite where one of them is not."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(self.device, torch.float32)
 
     def update(self, step: int) -> None:
         """Clip, set the learning rate of step number ``step`` (from 0 on), and let AdamW take it."""
         config = self.config
         if config.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, self._norm)
         warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * warm

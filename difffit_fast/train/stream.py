@@ -9,7 +9,12 @@ after a resume.
 
 from __future__ import annotations
 
+import math
+import multiprocessing.queues
+import os
+import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .._words import first_line
 from ..data.base import TrainingData, visit_rng, visit_seed
 from ..errors import DiffFitError
 
@@ -96,6 +102,22 @@ class TrainStream(Dataset):
         for row, position in enumerate(positions):
             self.load(position, batch, row)
         return batch
+
+    def first_non_finite(self, position: int, count: int) -> str | None:
+        """The name of the first of ``count`` samples from ``position`` on whose data is not finite; None: all are."""
+        for place in range(max(0, position), position + count):
+            epoch, row = divmod(place, len(self.indices))
+            index = int(self.order(epoch)[row])
+            x, _ = self.data.load(index, visit_seed(self.seed, epoch, index))
+            if not bool(torch.isfinite(x).all()):
+                files = getattr(self.data, "files", None)
+                return files[index] if files else f"image {index}"
+        return None
+
+    def batch_bytes(self, count: int) -> int:
+        """What a batch of ``count`` samples takes."""
+        values = self.data.channels * self.data.size**2 + (1 + self.encode) * math.prod(self.noise_shape)
+        return count * (4 * values + 16)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -205,7 +227,10 @@ def _unguarded(loader: DataLoader) -> Iterator[Batch]:
         except StopIteration:
             return
         except RuntimeError as error:  # a worker was killed, for want of memory in most cases
-            raise DiffFitError(f"the data cannot be read on: {str(error).splitlines()[0]}") from error
+            raise DiffFitError(
+                f"the data cannot be read on: {first_line(error)} (a worker that is killed wants memory, or shared memory in "
+                f"{SHARED_MEMORY}; --num-workers 0 needs neither)"
+            ) from error
         if isinstance(batch, str):
             raise DiffFitError(batch)
         yield batch
@@ -216,9 +241,45 @@ def _whole(batch: Any) -> Batch:
 
 
 def _quiet_worker(worker: int) -> None:
-    """Leave Ctrl-C to the parent, which ends its workers after the checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the parent, which ends its workers after the checkpoint; die rather than lose a batch."""
+    for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[assignment]
+
+
+def _cannot_hand_over(error: Exception, batch: Any) -> None:
+    """The library would print this and go on without the batch, for which the parent would wait for ever."""
+    print(f"a data worker cannot hand over its batch: {first_line(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+# -- shared memory -----------------------------------------------------------------------------------------------------
+SHARED_MEMORY = "/dev/shm"
+_AHEAD = 2  # batches that the loader asks of every worker in advance
+
+
+def affordable_workers(wanted: int, batch_bytes: int) -> tuple[int, str | None]:
+    """How many workers can hand their batches over in the shared memory that is there, and what to say about it.
+
+    Workers put whole batches there, two each at most, and one more is in use; containers often have 64 MB.
+    """
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # a system that does it some other way
+        return wanted, None
+    count = min(wanted, max(0, free // max(1, batch_bytes) - 1) // _AHEAD)
+    if count == wanted:
+        return wanted, None
+    how = (
+        f"{count} data workers instead of {wanted}"
+        if count
+        else f"a thread of this process instead of {wanted} data workers"
+    )
+    return count, (
+        f"{how}: {SHARED_MEMORY} has {free / 2**20:.0f} MB free, and a batch takes {batch_bytes / 2**20:.1f} "
+        "(docker run --shm-size, or --ipc=host, gives more)"
+    )
 
 
 def _one_thread_ahead(stream: TrainStream, positions: _Positions, pin_memory: bool) -> Iterator[Batch]:

@@ -31,7 +31,7 @@ from .pace import Pace
 from .readback import Readback
 from .runs import CONFIG_FILE, RunLock, Start, find_start, new_run_folder
 from .setup import assemble
-from .state import Progress, RunState
+from .state import Progress, RunState, first_non_finite
 from .step import Stepper, label_dropout_off
 from .stream import Batch, batches
 from .telling import introduce, say_farewell
@@ -124,7 +124,7 @@ class Trainer:
         """Train to the last step, or go on from where ``resume`` says, and write checkpoints and logs.
 
         Raises:
-            NonFiniteLossError: the loss is not a number any more; the last checkpoint is kept.
+            NonFiniteLossError: the loss, a gradient or a trained value is not a number any more; the last checkpoint is kept.
             LostProcessError: another process died; the first process has written a checkpoint of the last whole step.
             DiffFitError: the run cannot be resumed or written.
         """
@@ -164,7 +164,9 @@ class Trainer:
             self.config.save(self.folder / CONFIG_FILE)  # of the newest part of the run
         folder = self.folder if self.world.main else None
         self.tracker = Tracker(folder, self.config, self.step, self.parts.total_steps)
-        self.readback = Readback(self.config, self.world, self.interrupt, self.checkpoints, window, self._tell_loss)
+        self.readback = Readback(
+            self.config, self.world, self.interrupt, self.checkpoints, window, self._tell_loss, self._blame
+        )
 
     def _lock_folder(self, start: Start) -> Path:
         folder = start.folder or new_run_folder(self.config, self.parts.name)
@@ -178,7 +180,7 @@ class Trainer:
         saved = self.step if self.step else -1
         source = batches(
             self.stream, self.position, total - self.step, config.global_batch_size, rank=self.world.rank,
-            world=self.world.size, num_workers=config.num_workers, pin_memory=self.device.type == "cuda",
+            world=self.world.size, num_workers=self.parts.num_workers, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         with contextlib.closing(source):
             while self.step < total and not self.readback.stopping:
@@ -227,6 +229,19 @@ class Trainer:
         return LostProcessError(f"{error}; {hint} to go on from the last checkpoint")
 
     # -- telling -------------------------------------------------------------------------------------------------------
+    def _blame(self, step: int) -> str:
+        """The first thing that is not finite in a step that was read: an image, a gradient, a trained value."""
+        size = self.config.global_batch_size
+        image = self.stream.first_non_finite(self.position - (self.step - step + 1) * size, size)
+        if image is not None:
+            return f"the data of {image} is not finite"
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        for what, tensors in (("the gradient of", gradients), ("the value of", self.parameters)):
+            name = first_non_finite(tensors)
+            if name is not None:
+                return f"the first is {what} {name}"
+        return ""
+
     def _tell_loss(self, loss: float) -> None:
         self.tracker.step(self.pace.rate(self.step) * self.config.global_batch_size, loss)
 
