@@ -3,6 +3,7 @@
 #
 #   make demo            adapt a small DiT to new images, three ways; a table, a sample grid and a loss plot
 #   make test            the test suite
+#   make reliability     what takes longer: thousands of damaged files
 #   make lint            ruff, and whether the README says what the measured files say
 #   make bench           benchmarks/speed.py: step time and memory against the best baselines, three minutes (ARGS="--modes all")
 #   make kernels         registers, spills and shared memory of the Triton kernels, compiled without a GPU
@@ -25,7 +26,7 @@ endif
 STAMP   := build/stamps/$(shell echo "$(abspath $(PY))" | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml scripts/bootstrap.sh $(wildcard csrc/*.* csrc/cuda/*.*)
 
-.PHONY: demo test lint bench kernels ledger cuda-compile gpu sanitize wheel install-matrix install clean distclean
+.PHONY: demo test reliability lint bench kernels ledger cuda-compile gpu sanitize wheel install-matrix install clean distclean
 .DEFAULT_GOAL := install
 
 .venv/.created:
@@ -43,6 +44,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
+
+reliability: $(STAMP)
+	$(PY) -m pytest -m reliability $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -99,7 +99,26 @@ def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise DiffFitError(f"cannot read delta {path}: {error}") from error
+    _check_sizes(tensors, header, str(path))
+    check_finite(tensors, str(path))
     return tensors, header
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> None:
+    """Raise unless the sizes that a delta claims are those of its tensors, before anything is made of these sizes."""
+    depth, hidden = header["config"]["depth"], header["config"]["hidden_size"]
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    if odd := sorted(numbers - {str(i) for i in range(depth)}):
+        raise DeltaMismatchError(
+            f"{source} has a block {odd[0]!r:.40}; its metadata says that there are {depth}, numbered from 0"
+        )
+    for name, tensor in tensors.items():
+        if name.endswith(".attn.proj.bias") and tensor.shape != (hidden,):
+            raise DeltaMismatchError(
+                f"{source}: {name} is {tuple(tensor.shape)}; its metadata says that the width is {hidden}"
+            )
+    if header.get("random_base") is not None and len(numbers) < depth:
+        raise DeltaMismatchError(f"{source} has {len(numbers)} blocks; its metadata says {depth}")
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ ICCV 2023 (arXiv 2304.06648). γ starts at 1 and LayerNorm at the identity, so a
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -38,7 +39,12 @@ class DiffFitConfig:
     gamma_blocks: str | int = "half"
 
     def __post_init__(self) -> None:
+        if isinstance(self.gamma, str) or not isinstance(self.gamma, Iterable):
+            raise DiffFitError(f"gamma must be a list of sites among {', '.join(GAMMA_SITES)}; got {self.gamma!r:.60}")
         object.__setattr__(self, "gamma", tuple(self.gamma))
+        for name in ("bias", "time_embedder_bias", "class_embedding", "affine_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise DiffFitError(f"{name} must be true or false; got {getattr(self, name)!r:.60}")
         unknown = [site for site in self.gamma if site not in GAMMA_SITES]
         if unknown:
             raise DiffFitError(

@@ -386,16 +386,30 @@ def num_guided_channels(cfg_channels: str | int, in_channels: int) -> int:
     raise ValueError(f"cfg_channels must be 'first3', 'all' or a count in 1..{in_channels}, got {cfg_channels!r}")
 
 
+# Far beyond every DiT that there is, and low enough that a few numbers in a file cannot ask for all of a machine's memory.
+_LARGEST = {
+    "input_size": 1 << 16, "patch_size": 1 << 10, "in_channels": 1 << 12, "hidden_size": 1 << 16, "depth": 1 << 10,
+    "num_heads": 1 << 12, "num_classes": 10_000_000, "mlp_ratio": 64,
+}  # fmt: skip
+_MOST_TOKENS = 1 << 18
+
+
 def check_dit_config(config: dict[str, Any]) -> None:
     """Raise ``ValueError`` for constructor arguments that make no DiT."""
-    for name in ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "num_classes"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}")
-    if config["depth"] < 0:
-        raise ValueError(f"depth must be at least 0, got {config['depth']}")
+    for name, most in _LARGEST.items():
+        least = 0 if name in ("depth", "mlp_ratio") else 1
+        if not least <= config[name] <= most:
+            bound = f"at least {least}" if config[name] < least else f"at most {most}"
+            raise ValueError(f"{name} must be {bound}, got {config[name]:.60g}")
     for name, divisor in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
         if config[name] % config[divisor]:
             raise ValueError(f"{name} must be divisible by {divisor}, got {config[name]} and {config[divisor]}")
+    if (tokens := (config["input_size"] // config["patch_size"]) ** 2) > _MOST_TOKENS:
+        raise ValueError(
+            f"at most {_MOST_TOKENS} patches are possible, got {tokens} of input_size {config['input_size']}"
+        )
+    if int(config["hidden_size"] * config["mlp_ratio"]) < 1:
+        raise ValueError(f"mlp_ratio {config['mlp_ratio']} leaves the MLP without a hidden channel")
     if config["hidden_size"] % 4:
         raise ValueError(f"hidden_size must be divisible by 4 (position table), got {config['hidden_size']}")
     if not 0 <= config["class_dropout_prob"] <= 1:

@@ -18,6 +18,7 @@ Version 1 had no ``kind``; whole models then had the format "difffit_fast-model"
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +48,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "difffit": (dict,),  # what a delta trains
     "random_base": (int,),  # the seed that the base's random weights came from, where it was no checkpoint
 }
+# Numbers have bounds, both included.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "pos_embed_scale": (1e-6, 1e6), "image_size": (1, 1 << 20), "step": (0, (1 << 63) - 1),
+    "random_base": (0, (1 << 64) - 1),
+}  # fmt: skip
 _PLAIN = ("format", "kind", "version", "base_hash")
 
 
@@ -75,7 +81,7 @@ def decode_header(strings: Mapping[str, Any], source: str) -> dict[str, Any]:
             continue
         try:
             values[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             if key in FIELDS:
                 raise DiffFitError(f"{source}: {key} in its metadata is not JSON: {text[:60]!r}") from None
             values[key] = text
@@ -99,6 +105,9 @@ def check_header(values: Mapping[str, Any], source: str) -> None:
         value = values.get(key)
         if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
             raise DiffFitError(f"{source}: {key} in its metadata should be {types[0].__name__}; it is {value!r:.60}")
+        low, high = BOUNDS.get(key, (-math.inf, math.inf))
+        if key in BOUNDS and value is not None and not low <= value <= high:
+            raise DiffFitError(f"{source}: {key} in its metadata should be from {low} to {high}; it is {value:.60g}")
     names = values.get("class_names")
     if names is not None and not all(isinstance(name, str) for name in names):
         raise DiffFitError(f"{source}: class_names in its metadata should be text; it is {names!r:.60}")

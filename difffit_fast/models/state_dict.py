@@ -94,7 +94,10 @@ def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         content, strings = _read_safetensors(path), safetensors_metadata(path)
     else:
         content, strings = _read_torch(path), {}
-    return find_weights(content, str(path), weights, strings)
+    found = find_weights(content, str(path), weights, strings)
+    if key := next((key for key, tensor in found.state.items() if tensor.device.type == "meta"), None):
+        raise DiffFitError(f"{path}: {key} has a shape but no values (it was saved on the device meta)")
+    return found
 
 
 def find_weights(
@@ -242,13 +245,22 @@ def _hint(key: str) -> str:
     return ""
 
 
+_REPEATED = 64 << 20  # bytes by which a view may repeat what is stored
+
+
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise :class:`DiffFitError` unless every tensor is of floating numbers of at least 16 bits, and finite."""
+    """Raise :class:`DiffFitError` unless every tensor is dense, of floating numbers of at least 16 bits, and finite."""
     for key, tensor in state.items():
-        if tensor.is_sparse or tensor.is_quantized or tensor.dtype not in FLOATING:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FLOATING:
+            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
             raise DiffFitError(
-                f"{source}: {key} is {str(tensor.dtype).removeprefix('torch.')}; weights must be float64, float32, "
+                f"{source}: {key} is {str(kind).removeprefix('torch.')}; weights must be dense, float64, float32, "
                 "bfloat16 or float16 (a quantised checkpoint has to be dequantised first)"
+            )
+        claimed, there = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if claimed > there + _REPEATED and tensor.device.type != "meta":
+            raise DiffFitError(
+                f"{source}: {key} claims {claimed:,} bytes, the same {there:,} over and over; the file is broken"
             )
         if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -333,7 +345,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.split("/", 1)[-1] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # names that are no text, sizes beyond 64 bits, and more
         raise DiffFitError(f"cannot read checkpoint {path}: it is damaged or was cut short ({error})") from error
     if "constants.pkl" in names:
         raise DiffFitError(
