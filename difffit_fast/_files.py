@@ -1,13 +1,29 @@
 """Files: written so that a kill at any moment leaves the old one or the new one, never half of one; and read with one
-sentence for what is wrong with them."""
+sentence for what is wrong with them.
+
+A file is written under a temporary name beside it, ``.tmp-<name>.<place>-<pid>-<start>-<number>``, that tells whose it is.
+``place`` stands for a host since its boot and a pid namespace (containers on one file system repeat each other's pids),
+``start`` is when the process began (pids come round). So whoever finds one knows whether its owner lives, and takes a dead
+owner's only; an owner in another place cannot be asked, and counts as dead when nothing was written for a day. No lock is
+needed, which network file systems may not have.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
+import re
+import shutil
+import socket
+import stat
 import struct
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +35,16 @@ from torch import Tensor
 
 from .errors import DiffFitError
 
-TEMPORARY = ".tmp-"  # names that begin so are leftovers of a killed process, and never read
+TEMPORARY = ".tmp-"  # names that begin so are being written, or were left by a killed process, and are never read
+STALE_SECONDS = 24 * 3600.0  # without a write, after which an owner that cannot be asked counts as dead
+_LONGEST = 100  # bytes of a name that a temporary one repeats: with all the rest it stays below any file system's limit
+_OWNER = re.compile(r"([0-9a-f]{8})-(\d+)-(\d+)")
+_NAME = re.compile(rf"\.({_OWNER.pattern})-\d+$")
+_OLD_NAME = re.compile(r"\.(\d+|old)$")  # of versions that told the pid alone, or nothing
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self|proc/\d+)/fd/(\d+)")
+
+_numbers = itertools.count()
+_looked_into: set[Path] = set()
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -27,27 +52,194 @@ _DTYPES = {
 }  # fmt: skip
 
 
+# -- whose a temporary file is -----------------------------------------------------------------------------------------
 def beside(path: Path) -> Path:
-    """A temporary name in the folder of ``path``, where a rename is atomic."""
-    return path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
+    """A temporary name in the folder of ``path``, where a rename is atomic; another one at every call."""
+    return path.with_name(f"{TEMPORARY}{_label(path.name)}.{owner()}-{next(_numbers)}")
 
 
+def owner() -> str:
+    """This process: ``<place>-<pid>-<start>``."""
+    return _owner(os.getpid())
+
+
+@functools.cache
+def _owner(pid: int) -> str:
+    return f"{_place()}-{pid}-{_started(pid) or 0}"
+
+
+def _label(name: str) -> str:
+    raw = os.fsencode(name)
+    return name if len(raw) <= _LONGEST else hashlib.sha256(raw).hexdigest()[:32]
+
+
+@functools.cache
+def _place() -> str:
+    boot = namespace = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{socket.gethostname()}\0{boot}\0{namespace}".encode()).hexdigest()[:8]
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in clock ticks since the boot; None where that cannot be read, 0 for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _lives(pid: int) -> bool | None:
+    """Whether there is a process of this number here; None where that cannot be asked."""
+    if os.name != "posix":  # elsewhere signal 0 is a signal
+        return None
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return _started(pid) != 0
+
+
+def is_left(owned_by: str, path: Path) -> bool:
+    """Whether the owner of the temporary file or folder ``path`` has died; ``owned_by`` is what :func:`owner` told it."""
+    match = _OWNER.fullmatch(owned_by)
+    if match and match[1] == _place() and (lives := _lives(int(match[2]))) is not None:
+        start = int(match[3])
+        return not lives or bool(start and (_started(int(match[2])) or start) != start)
+    return _age(path) > STALE_SECONDS
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last write to a file, or to anything in a folder."""
+    newest = path.lstat().st_mtime
+    if path.is_dir() and not path.is_symlink():
+        for folder, folders, files in os.walk(path):
+            for name in folders + files:
+                with contextlib.suppress(OSError):
+                    newest = max(newest, os.lstat(os.path.join(folder, name)).st_mtime)
+    return time.time() - newest
+
+
+def _is_left_by_old_version(pid: str, path: Path) -> bool:
+    """Of names that tell no place and no start: nothing was written for long, nor by a process that is there now."""
+    age = _age(path)
+    if age <= STALE_SECONDS or not pid.isdigit() or not _lives(int(pid)):
+        return age > STALE_SECONDS
+    start = _started(int(pid))
+    return start is not None and time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK") < age
+
+
+def sweep(folder: Path, target: str | None = None) -> None:
+    """Remove the temporary files and folders in ``folder`` whose owners have died.
+
+    Args:
+        target: take names that older versions of this package left, which tell less, only where they are of this file.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(TEMPORARY)]
+    except OSError:  # not there, or not to be listed
+        return
+    for name in names:
+        path, match, old = folder / name, _NAME.search(name), _OLD_NAME.search(name)
+        with contextlib.suppress(OSError):  # another one was quicker
+            if match:
+                left = is_left(match[1], path)
+            else:
+                ours = bool(old) and (target is None or name[len(TEMPORARY) : old.start()] == target)
+                left = ours and _is_left_by_old_version(old[1], path)
+            if left:
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, as far as it is there and the system lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to: flushed to the disk and renamed when all went well, else removed.
+
+    A link is written through: the file that it names is replaced, with its permissions kept. What is written to a
+    character device or a pipe (``/dev/null``, ``/dev/stdout``) goes into it.
+
+    Raises:
+        DiffFitError: ``path`` is a folder, a block device or a socket.
+        OSError: it cannot be written.
 
     >>> with replacing(tmp_path / "numbers.txt") as temporary:          # doctest: +SKIP
     ...     temporary.write_text("1 2 3")
     """
     path = Path(path)
-    temporary = beside(path)
+    target = _target(path)
+    temporary = beside(target or Path(tempfile.gettempdir()) / path.name)
+    if temporary.parent not in _looked_into:  # once: a folder may hold very many files
+        _looked_into.add(temporary.parent)
+        sweep(temporary.parent, target.name if target else "")
     try:
         yield temporary
+        if target is None:
+            _pour(temporary, path)
+            return
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.filename not in (str(temporary), None):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path | None:
+    """The file to replace, links followed; None: something to write into."""
+    if _descriptor(path) is not None:
+        return None
+    real = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return real
+    if stat.S_ISREG(mode):
+        return real
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        return None
+    what = "a folder" if stat.S_ISDIR(mode) else "a block device" if stat.S_ISBLK(mode) else "a socket"
+    raise DiffFitError(f"cannot write {path}: expected the name of a file; it is {what}")
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that a name such as ``/dev/stdout`` stands for."""
+    name = os.path.abspath(path)
+    for _ in range(40):  # as many links as Linux follows
+        if match := _DESCRIPTOR.fullmatch(name):
+            return int(match[1])
+        try:
+            name = os.path.normpath(os.path.join(os.path.dirname(name), os.readlink(name)))
+        except OSError:
+            return None
+    return None
+
+
+def _pour(source: Path, path: Path) -> None:
+    """The bytes of ``source`` into a device, a pipe, or an open file, behind what was printed there before."""
+    sys.stdout.flush()
+    descriptor = _descriptor(path)
+    opened = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
+    with open(source, "rb") as file, open(opened, "wb") as out:
+        shutil.copyfileobj(file, out)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -56,7 +248,45 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    """UTF-8.
+
+    Raises:
+        DiffFitError: a name of a file that is not UTF-8 is in it.
+    """
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DiffFitError(
+            f"cannot write {path}: {text[error.start - 20 : error.end]!r} is not valid Unicode"
+        ) from error
+    write_bytes(path, content)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON that can be written as UTF-8 whatever is in it: of a name that is not UTF-8 the odd bytes are escaped.
+
+    ``json.loads`` gives the same name back.
+    """
+    return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; a :class:`DiffFitError` names the file when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DiffFitError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DiffFitError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"it holds {name} where a number is expected")
 
 
 def write_safetensors(
@@ -88,9 +318,14 @@ def write_safetensors(
 
 
 def write_torch(path: Path, value: object) -> None:
-    """``torch.save`` beside ``path``, and renamed."""
-    with replacing(path) as temporary:
-        torch.save(value, temporary)
+    """``torch.save`` beside ``path``, and renamed; the same value, the same bytes."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(value, file)  # not to the temporary name, which it would record
+        except RuntimeError as error:  # an assertion of its own, over what the system said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def sha256(path: Path) -> str:

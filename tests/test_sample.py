@@ -249,6 +249,7 @@ def test_folder_resumes(model, tmp_path, monkeypatch):
     png_path(folder, 1).unlink()
     png_path(folder, 2).write_bytes(png_path(folder, 2).read_bytes()[:-7])  # cut short by something else
     (folder / ".tmp-000007.png.123").write_bytes(b"half")
+    os.utime(folder / ".tmp-000007.png.123", (1, 1))  # by an earlier version
     kept = png_path(folder, 0).stat().st_mtime_ns
     sampled = []
     original = Sampler.sample

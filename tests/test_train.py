@@ -225,7 +225,9 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
     write(folder, 20)
     state, delta = folder.state_path(20), folder.delta_path(20)
     if damage == "no state":
-        state.rename(tmp_path / ".tmp-0000020.state.77")
+        for path in (*state.iterdir(), state):
+            os.utime(path, (1, 1))
+        state.rename(tmp_path / ".tmp-0000020.state.77")  # by an earlier version
     elif damage == "cut tensors":
         file = state / "tensors.safetensors"
         file.write_bytes(file.read_bytes()[:-5])

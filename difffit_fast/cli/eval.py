@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from .._files import write_text
+from .._files import write_json
 from ..errors import DiffFitError
 
 
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         from .. import __version__
 
         report = {"difffit_fast": __version__, "samples": args.samples, "reference": args.reference, "results": results}
-        write_text(Path(args.json), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_json(Path(args.json), report)
     return 0
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._files import TEMPORARY, sha256
+from .._files import TEMPORARY, read_json, sha256, sweep, write_json
 from ..errors import DiffFitError
 from .image_folder import ImageFolder
 from .pixels import ImageError, read_pixels, to_signed
@@ -34,10 +34,8 @@ from .shards import (
     INDEX_FILE,
     VERSION,
     open_shard,
-    read_json,
     shard_name,
     shard_note,
-    write_json,
     write_shard,
 )
 from .vae import DTYPES, LatentSpace, PixelSpace, load_vae
@@ -293,8 +291,7 @@ class Extraction:
             "files": files,
         }
         write_json(self.out / INDEX_FILE, index)
-        for leftover in self.out.glob(TEMPORARY + "*"):  # of killed processes; a living one has nothing left to write
-            leftover.unlink(missing_ok=True)
+        sweep(self.out)
         return index
 
 

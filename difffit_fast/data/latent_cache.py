@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import sha256
+from .._files import read_json, sha256
 from ..errors import DiffFitError
 from .base import BadImage, check_index, visit_rng
 from .pixels import to_signed
-from .shards import CONFIG_FILE, FORMAT, INDEX_FILE, VERSION, open_shard, read_json
+from .shards import CONFIG_FILE, FORMAT, INDEX_FILE, VERSION, open_shard
 
 
 class LatentCache:

@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import write_safetensors, write_text
+from .._files import json_text, write_safetensors
 from ..errors import DiffFitError
 
 FORMAT = "difffit_fast.features"
@@ -36,24 +36,9 @@ def shard_name(number: int, count: int) -> str:
     return f"shard-{number:05d}-of-{count:05d}.safetensors"
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; a :class:`DiffFitError` names the file when it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiffFitError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DiffFitError(f"{path} should hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
 def write_shard(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
     """Write one shard with ``note`` as its metadata; the same tensors and note give the same bytes."""
-    write_safetensors(path, tensors, {_METADATA_KEY: json.dumps(note, sort_keys=True, ensure_ascii=False)})
+    write_safetensors(path, tensors, {_METADATA_KEY: json_text(note, sort_keys=True)})
 
 
 def open_shard(path: Path, framework: str = "pt") -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .._files import TEMPORARY, replacing, write_text
+from .._files import replacing, sweep, write_text
 from .._processes import World
 from ..errors import DiffFitError
 from .images import is_whole_png, save_png, to_uint8
@@ -107,7 +107,7 @@ def sampler_settings(sampler: Sampler) -> dict[str, Any]:
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or compare ``settings`` with those it was begun with; sweep half-written files."""
+    """Make the folder, or compare ``settings`` with those it was begun with; sweep what killed processes left."""
     settings = json.loads(json.dumps(settings))
     path = folder / SETTINGS_FILE
     try:
@@ -119,8 +119,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
                 )
             write_text(path, json.dumps(settings, indent=1) + "\n")
         before = json.loads(path.read_text(encoding="utf-8"))
-        for leftover in folder.glob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+        sweep(folder)
     except OSError as error:
         raise DiffFitError(f"cannot write samples into {folder}: {error.strerror or error}") from error
     except ValueError as error:

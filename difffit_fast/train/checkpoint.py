@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .._files import TEMPORARY, beside, sha256, write_safetensors, write_text
+from .._files import beside, remove, sha256, sweep, write_safetensors, write_text
 from ..errors import DiffFitError
 
 VERSION = 1
@@ -74,7 +74,6 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         delta, final = self.delta_path(step), self.state_path(step)
         folder = beside(final)
-        shutil.rmtree(folder, ignore_errors=True)
         _remove(final)  # of an earlier run through this step
         try:
             folder.mkdir()
@@ -115,11 +114,8 @@ class CheckpointFolder:
         return step in self._whole
 
     def sweep(self) -> None:
-        """Remove temporary files; nobody else may be writing here."""
-        if self.path.is_dir():
-            for name in os.listdir(self.path):
-                if name.startswith(TEMPORARY):
-                    _remove(self.path / name)
+        """Remove the temporary files of processes that have died."""
+        sweep(self.path)
 
     def newest(self, tell: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
         """The newest whole checkpoint; ``tell`` hears of each torn one that is passed over."""
@@ -169,13 +165,10 @@ def _state_sum(info: Mapping[str, Any]) -> str:
 def _remove(path: Path) -> None:
     """Remove a file or folder so that at no moment a half-removed one stands under its name."""
     if path.is_dir():
-        hidden = path if path.name.startswith(TEMPORARY) else beside(path).with_suffix(".old")
-        if hidden != path:
-            shutil.rmtree(hidden, ignore_errors=True)
-            os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        hidden = beside(path)
+        os.rename(path, hidden)
+        path = hidden
+    remove(path)
 
 
 def _flush_folder(path: Path) -> None:

@@ -6,20 +6,18 @@ import contextlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .._files import TEMPORARY, beside, read_yaml
+from .._files import beside, read_yaml, sweep
 from ..errors import DiffFitError
 from ..models.load import RUN_SETTINGS as CONFIG_FILE
 from .checkpoint import Checkpoint, CheckpointFolder
 from .config import TrainConfig
 from .settings import settings_of
 
-BIRTH_SECONDS = 60
 _RUN = re.compile(r"^(\d{3,})-(.+)$")
 
 
@@ -50,7 +48,7 @@ def new_run_folder(config: TrainConfig, model: str) -> Path:
     root = Path(config.results_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
+        sweep(root, _safe(model))
         born = beside(root / _safe(model))
         born.mkdir()
         try:
@@ -69,14 +67,6 @@ def new_run_folder(config: TrainConfig, model: str) -> Path:
             shutil.rmtree(born, ignore_errors=True)
     except OSError as error:
         raise DiffFitError(f"cannot make a run folder in --results-dir {root}: {error.strerror or error}") from error
-
-
-def _sweep(root: Path) -> None:
-    """Remove what jobs killed at their birth left, once it is too old to belong to one that is being born."""
-    for name in os.listdir(root):
-        path = root / name
-        if name.startswith(TEMPORARY) and time.time() - path.stat().st_mtime > BIRTH_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _safe(model: str) -> str:

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..._files import sha256
+from ..._files import is_left, owner, read_json, sha256, write_json
 from ...errors import DiffFitError
-from ..shards import read_json, write_json
 
 LISTING = "files.sha256"
 INFO = "dataset.json"
@@ -65,12 +64,16 @@ def begin(out: Path) -> Path:
     if partial.exists():
         if not any((partial / name).exists() for name in (MARKER, INFO)) and any(partial.iterdir()):
             raise DiffFitError(f"{partial} is in the way and was not made by difffit prepare; move it away")
+        marker = partial / MARKER
+        at_work = marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else ""
+        if at_work and not is_left(at_work, partial):
+            raise DiffFitError(f"another difffit prepare is at work in {partial}; wait for it, or remove that folder")
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise DiffFitError(f"the folder {partial} cannot be made: {error.strerror or error}") from error
-    (partial / MARKER).touch()
+    (partial / MARKER).write_text(owner(), encoding="utf-8")
     return partial
 
 
@@ -100,7 +103,7 @@ def finish(partial: Path, out: Path, info: dict[str, Any]) -> None:
     """List and hash what ``partial`` holds, then rename it to ``out``: that name means "complete"."""
     files = _images(partial)
     lines = [f"{sha256(partial / name)}  {name}\n" for name in tqdm(files, desc="hash", unit="file")]
-    (partial / LISTING).write_text("".join(lines), encoding="utf-8")
+    (partial / LISTING).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     write_json(partial / INFO, info)
     (partial / MARKER).unlink()
     try:
@@ -117,7 +120,7 @@ def verify(out: Path) -> dict[str, Any]:
     """
     info = read_json(out / INFO)
     try:
-        text = (out / LISTING).read_text(encoding="utf-8")
+        text = (out / LISTING).read_text(encoding="utf-8", errors="surrogateescape")
         listed = {line[66:]: line[:64] for line in text.splitlines()}
     except OSError as error:
         raise DiffFitError(f"{out / LISTING} cannot be read: {error.strerror or error}") from error
