@@ -135,7 +135,7 @@ def _rest(header: dict[str, Any]) -> dict[str, Any]:
         "image_size",
         "architecture",
     )
-    names = {"class_names": "class names"}
+    names = {"class_names": "class names", "class_rows": "class rows of the base"}
     return {names.get(key, key): value for key, value in header.items() if key not in told}
 
 

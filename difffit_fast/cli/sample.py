@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class-labels",
         nargs="+",
         metavar="CLASS",
-        help="numbers or names, in turn (default: spread over the classes)",
+        help="names or numbers, in turn; where names are numbers: #3 or name:3 (default: spread over the classes)",
     )
     add("--seed", "--global-seed", type=int, default=0, help="image i depends on it and on i alone (default: 0)")
     add("--num-images", type=int, help="images in the grid (default: one per label, else 8)")

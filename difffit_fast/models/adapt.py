@@ -8,22 +8,33 @@ import torch
 from torch import Tensor
 
 from ..errors import DiffFitError
+from .classes import ClassRows
 from .dit import sincos_pos_embed
 
 COORDINATES = ("scaled", "native")
 TABLE = "y_embedder.embedding_table.weight"
 
 
-def new_class_table(table: Tensor, old: int, new: int, null_class: bool) -> Tensor:
-    """A class table for ``new`` classes, N(0, 0.02) as in DiT's initialisation; the null class keeps its row, and is the
-    mean of the old classes where there was none.
+def class_table(table: Tensor, chosen: ClassRows, null_class: bool) -> Tensor:
+    """The class table with the rows ``chosen`` among those of ``table``; the null class keeps its row, and is the mean of the
+    old classes where there was none. Values that stay in their place stay in their dtype.
 
     Args:
-        table: the old one, (``old`` rows and perhaps the null class's, D).
+        table: the old one, (``chosen.count`` rows and perhaps the null class's, D).
         null_class: whether the new one has a row for it.
     """
-    rows = torch.empty(new, table.shape[1], dtype=torch.float32).normal_(std=0.02)
-    return torch.cat([rows, null_row(table, old)]) if null_class else rows
+    old = chosen.count
+    if chosen.moved is None:
+        if null_class == (table.shape[0] > old):
+            return table
+        rows = table[:old]
+    elif chosen.drawn:
+        rows = torch.empty(len(chosen.rows), table.shape[1], dtype=torch.float32).normal_(std=0.02)
+    else:
+        starts = [like if row is None else row for row, like in zip(chosen.rows, chosen.like, strict=True)]
+        known = torch.cat([table[:old].float(), table[:old].float().mean(0, keepdim=True)])
+        rows = known[[old if start is None else start for start in starts]]
+    return torch.cat([rows.float(), null_row(table, old)]) if null_class else rows
 
 
 def null_row(table: Tensor, classes: int) -> Tensor:

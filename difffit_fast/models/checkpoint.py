@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DiffFitError
-from .adapt import TABLE, coordinate_scale, find_scale, new_class_table, null_row
+from .adapt import TABLE, class_table, coordinate_scale, find_scale
+from .classes import ClassRows, choose_rows
 from .dit import DIT_ARGUMENTS, DiT, sincos_pos_embed
 from .header import decode_header
 from .sizes import HEADS, MODEL_NAMES, model_name, model_objective, model_sizes
@@ -43,6 +44,7 @@ class ModelFile:
         header: what else the file records: ``class_names, vae, step, method`` ...; empty for public checkpoints.
         recorded: the constructor arguments that the file records, rather than its tensors suggest.
         weights: which of the sets in the file this is, and all of them.
+        classes: where the rows of its class table came from, once they were chosen anew.
     """
 
     state: dict[str, Tensor]
@@ -54,6 +56,7 @@ class ModelFile:
     header: dict[str, Any] = field(default_factory=dict)
     recorded: frozenset[str] = frozenset()
     weights: tuple[str, tuple[str, ...]] = ("", ("",))
+    classes: ClassRows | None = None
 
     @property
     def name(self) -> str:
@@ -139,21 +142,24 @@ class ModelFile:
         input_size: int | None = None,
         null_class: bool | None = None,
         pos_embed: str | float = "scaled",
-        class_names: list[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        classes: str = "match",
     ) -> ModelFile:
         """The model for other classes or another size; None leaves a thing as it is.
 
         Args:
-            num_classes: another number makes a new class table, the null class keeping its row; a warning says so.
+            num_classes: of the model (default: as many as ``class_names``). Where nothing is known by name, another number
+                makes a new class table, the null class keeping its row; a warning tells of every class that is new.
             image_size: pixels; ``input_size``: the same in cells of what the model sees. Another one makes a new positional
                 table in the coordinates ``pos_embed``: "scaled", "native" or their scale (:func:`.adapt.coordinate_scale`).
             null_class: whether the table has a row for dropped labels; a new one is the mean of the classes.
-            class_names: of the new classes.
+            class_names: of the classes, in the order of their labels; they take the base's rows as ``classes`` says:
+                "match", "keep" or "new", see :func:`.classes.choose_rows`.
 
         Raises:
-            DiffFitError: impossible sizes.
+            DiffFitError: impossible sizes, or classes that cannot be chosen so.
         """
-        state, config, scale, header = dict(self.state), dict(self.config), self.pos_embed_scale, dict(self.header)
+        state, config, scale = dict(self.state), dict(self.config), self.pos_embed_scale
         input_size = self._input_size(image_size, input_size)
         if input_size != config["input_size"]:
             scale = coordinate_scale(config["input_size"], input_size, 1.0 if scale is None else scale, pos_embed)
@@ -161,28 +167,47 @@ class ModelFile:
             state["pos_embed"], config["input_size"] = table[None], input_size
         else:
             coordinate_scale(1, 1, 1.0, pos_embed)  # is it one of the two?
-        classes = config["num_classes"] if num_classes is None else num_classes
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-            raise DiffFitError(f"num_classes must be a whole number of at least 1; got {classes!r}")
+        if num_classes is None:
+            num_classes = config["num_classes"] if class_names is None else len(class_names)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise DiffFitError(f"num_classes must be a whole number of at least 1; got {num_classes!r}")
+        chosen = choose_rows(self.class_names, config["num_classes"], class_names, num_classes, classes)
         null = self.has_null_class if null_class is None else null_class
-        if classes != config["num_classes"]:
-            warnings.warn(
-                f"{self.source} has {config['num_classes']} classes and {classes} were asked for: the class embedding is made "
-                "anew" + (", keeping the null class" if null and self.has_null_class else ""),
-                stacklevel=2,
-            )
-            state[TABLE] = new_class_table(state[TABLE], config["num_classes"], classes, null)
-            header.pop("class_names", None)
-        elif null != self.has_null_class:
-            rows = state[TABLE][:classes]
-            state[TABLE] = torch.cat([rows.float(), null_row(state[TABLE], classes)]) if null else rows
-        config |= {"num_classes": classes, "class_dropout_prob": (config["class_dropout_prob"] or 0.1) if null else 0.0}
-        if class_names is not None:
-            header["class_names"] = list(class_names)
+        if chosen.new:
+            what = f"{self.source}: {chosen.said}"
+            if chosen.drawn and num_classes != config["num_classes"]:
+                what = (
+                    f"{self.source} has {config['num_classes']} classes and {num_classes} were asked for: the class embedding "
+                    "is made anew" + (", keeping the null class" if null and self.has_null_class else "")
+                )
+            warnings.warn(what, stacklevel=2)
         pixels = input_size * self.image_size // self.config["input_size"]
-        return dataclasses.replace(
-            self, state=state, config=config, pos_embed_scale=scale, image_size=pixels, header=header
-        )
+        file = dataclasses.replace(self, state=state, config=config, pos_embed_scale=scale, image_size=pixels)
+        return file._with_classes(chosen, null)
+
+    def _with_classes(self, chosen: ClassRows, null_class: bool) -> ModelFile:
+        """The file with the class table whose rows are ``chosen`` among its own."""
+        state = {**self.state, TABLE: class_table(self.state[TABLE], chosen, null_class)}
+        prob = (self.config["class_dropout_prob"] or 0.1) if null_class else 0.0
+        config = {**self.config, "num_classes": len(chosen.rows), "class_dropout_prob": prob}
+        header = dict(self.header)
+        if chosen.names is not None:
+            header["class_names"] = list(chosen.names)
+        elif chosen.moved is not None:
+            header.pop("class_names", None)
+        return dataclasses.replace(self, state=state, config=config, header=header, classes=chosen.after(self.classes))
+
+    def with_class_rows(self, rows: Sequence[int], names: Sequence[str] | None) -> ModelFile:
+        """The file with those rows of its class table, in this order.
+
+        Raises:
+            DiffFitError: it has no such row.
+        """
+        count = self.config["num_classes"]
+        if odd := [row for row in rows if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < count]:
+            raise DiffFitError(f"{self.source} has the class rows 0..{count - 1}; row {odd[0]!r} was asked for")
+        chosen = ClassRows(None if names is None else tuple(names), tuple(rows), (None,) * len(rows), count)
+        return self._with_classes(chosen, self.has_null_class)
 
     def _input_size(self, image_size: int | None, input_size: int | None) -> int:
         old, patch = self.config["input_size"], self.config["patch_size"]
@@ -233,6 +258,7 @@ class ModelFile:
         for name, p in model.named_parameters():
             p.requires_grad_(name != "pos_embed")
         model.pos_embed_scale = 1.0 if self.pos_embed_scale is None else self.pos_embed_scale
+        model.classes = self.classes
         return model
 
     def skeleton(self, **arguments: Any) -> DiT:
@@ -266,8 +292,12 @@ def model_of(dit_or_state_dict: DiT | Mapping[str, Tensor]) -> ModelFile:
     return ModelFile(
         state=model.state_dict(), config=dict(model.config), source=f"the {type(model).__name__}", objective=None,
         pos_embed_scale=model.pos_embed_scale, image_size=model.input_size * pixels_per_cell(model.in_channels),
-        recorded=frozenset(DIT_ARGUMENTS),
+        recorded=frozenset(DIT_ARGUMENTS), header=_names_of(model.classes), classes=model.classes,
     )  # fmt: skip
+
+
+def _names_of(classes: ClassRows | None) -> dict[str, Any]:
+    return {} if classes is None or classes.names is None else {"class_names": list(classes.names)}
 
 
 def describe(weights: Weights) -> ModelFile:

@@ -47,7 +47,7 @@ def save_delta(
 
     Args:
         tensors: values to write in place of the model's own, by parameter name (an EMA, say).
-        class_names: names of the classes, in label order.
+        class_names: names of the classes, in label order (default: those that the model was made with).
         metadata: anything JSON can hold (step, image_size, base name, ...).
 
     Raises:
@@ -59,6 +59,9 @@ def save_delta(
             odd = sorted(set(tensors) ^ set(own))[0]
             raise DiffFitError(f"tensors must name exactly the trainable parameters; {odd} is in only one of the two")
         own = {name: tensors[name].detach() for name in own}
+    chosen = model.classes
+    if class_names is None and chosen is not None:
+        class_names = chosen.names
     if class_names is not None and len(class_names) != model.num_classes:
         raise DiffFitError(f"class_names must name {model.num_classes} classes; got {len(class_names)}")
     path = Path(path)
@@ -69,6 +72,7 @@ def save_delta(
         "difffit": dataclasses.asdict(model.difffit),
         "pos_embed_scale": model.pos_embed_scale,
         "class_names": None if class_names is None else list(class_names),
+        "class_rows": untrained_rows(model),
         "base_hash": cached_base_hash(model),
         "random_base": model.random_base,
         **metadata,
@@ -150,12 +154,30 @@ def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DeltaMismatchError(
             f"{path} was made with positions scaled by {metadata['pos_embed_scale']}; the model has {model.pos_embed_scale}"
         )
+    if (rows := metadata.get("class_rows")) != untrained_rows(model):
+        raise DeltaMismatchError(
+            f"{path} was made with {_row_words(rows)} of its base's class table; the model has "
+            f"{_row_words(untrained_rows(model))}"
+        )
     if metadata["base_hash"] != cached_base_hash(model):
         raise DeltaMismatchError(
             f"{path} was made on the base {metadata['base_hash'][:12]}…; the model's base is {cached_base_hash(model)[:12]}…"
         )
     put_trainables(model, tensors, str(path))
+    if model.classes is not None and metadata.get("class_names") is not None:
+        model.classes = dataclasses.replace(model.classes, names=tuple(metadata["class_names"]))
     return metadata
+
+
+def untrained_rows(model: DiT) -> list[int | None] | None:
+    """The rows of the base's class table that ``model``, a FastDiffFitDiT, has; None where it has all in their order, or
+    where the table is trained and so in the delta."""
+    trained = model.difffit.class_embedding or model.classes is None
+    return None if trained else model.classes.moved
+
+
+def _row_words(rows: list[int | None] | None) -> str:
+    return "all rows" if rows is None else f"the rows {', '.join(map(str, rows[:4]))}{', …' if len(rows) > 4 else ''}"
 
 
 @torch.no_grad()

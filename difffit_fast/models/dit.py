@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .classes import ClassRows
 from .sizes import DIT_SIZES, PATCH_SIZES
 
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features
@@ -228,10 +229,12 @@ class DiT(nn.Module):
     Attributes:
         pos_embed_scale: scale of the coordinates of the positional table; see :func:`sincos_pos_embed`.
         random_base: the seed that the weights came from, where they are random and stay so; else None.
+        classes: where the rows of the class table came from, in a model made from a file.
     """
 
     pos_embed_scale: float = 1.0
     random_base: int | None = None
+    classes: ClassRows | None = None
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -286,6 +286,8 @@ class FastDiffFitDiT(DiT):
         path: str | os.PathLike[str],
         *,
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        classes: str = "match",
         image_size: int | None = None,
         difffit: str | DiffFitConfig = "paper",
         compute_dtype: torch.dtype | None = None,
@@ -297,8 +299,10 @@ class FastDiffFitDiT(DiT):
 
         Args:
             path: any checkpoint of one, see :func:`difffit_fast.models.state_dict.read_weights`.
-            num_classes: classes of the new domain. If it differs from the checkpoint's, the class table is made anew (the
-                null class keeps its row) and a warning says so.
+            num_classes: classes of the new domain (default: as many as ``class_names``). Without names, and if it differs
+                from the checkpoint's, the class table is made anew (the null class keeps its row) and a warning says so.
+            class_names: of the new domain, in the order of its labels. They take the checkpoint's rows as ``classes`` says:
+                "match" (by name), "keep" or "new", see :func:`difffit_fast.models.classes.choose_rows`.
             image_size: in pixels (8 per latent cell). If it differs, the positional table is made anew.
             pos_embed: coordinates of a new positional table: "scaled" spans the range that the base was trained on
                 (DiffFit's way from 256 to 512), "native" counts patches, as in the public 512 model.
@@ -310,8 +314,8 @@ class FastDiffFitDiT(DiT):
             DiffFitError: unreadable file, not a DiT, impossible sizes, or an argument that the file contradicts.
         """
         return cls._of_file(
-            read_model(path, weights), num_classes=num_classes, image_size=image_size, pos_embed=pos_embed,
-            difffit=difffit, compute_dtype=compute_dtype, **kwargs,
+            read_model(path, weights), num_classes=num_classes, class_names=class_names, classes=classes,
+            image_size=image_size, pos_embed=pos_embed, difffit=difffit, compute_dtype=compute_dtype, **kwargs,
         )  # fmt: skip
 
     @classmethod
@@ -320,6 +324,8 @@ class FastDiffFitDiT(DiT):
         file: ModelFile,
         *,
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        classes: str = "match",
         image_size: int | None = None,
         input_size: int | None = None,
         pos_embed: str | float = "scaled",
@@ -330,7 +336,10 @@ class FastDiffFitDiT(DiT):
         file = file.expect(**told)
         if class_dropout_prob is not None:
             file = file.with_null_class(class_dropout_prob > 0)
-        file = file.adapt(num_classes=num_classes, image_size=image_size, input_size=input_size, pos_embed=pos_embed)
+        file = file.adapt(
+            num_classes=num_classes, class_names=class_names, classes=classes, image_size=image_size,
+            input_size=input_size, pos_embed=pos_embed,
+        )  # fmt: skip
         arguments = file.arguments()
         if class_dropout_prob is not None:
             arguments["class_dropout_prob"] = class_dropout_prob
@@ -341,6 +350,12 @@ class FastDiffFitDiT(DiT):
         file.check_keys(model)
         model.load_state_dict(file.state)
         model.pos_embed_scale = 1.0 if file.pos_embed_scale is None else file.pos_embed_scale
+        model.classes = file.classes
+        if model.classes is not None and model.classes.new and not model.difffit.class_embedding:
+            raise DiffFitError(
+                f"{model.classes.new} of {len(model.classes.rows)} classes have no row in {file.source}, and difffit="
+                f"{model.difffit.name} does not train the class embedding"
+            )
         return model
 
     # -- the delta -----------------------------------------------------------------------------------------------------

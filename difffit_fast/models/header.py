@@ -39,6 +39,9 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "pos_embed_scale": (int, float),  # of the coordinates of the positional table
     "objective": (str,),  # "ddpm" or "flow"
     "class_names": (list,),
+    "class_rows": (
+        list,
+    ),  # of the base's class table, where a delta does not train it and has not all of them in order
     "image_size": (int,),  # pixels
     "vae": (str,),
     "step": (int,),

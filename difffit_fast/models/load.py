@@ -112,6 +112,8 @@ def _with_delta(
             warnings.simplefilter("ignore")  # said when the delta was made; its class table replaces the random one
             file = file.expect(num_heads=config["num_heads"])
             file = file.with_null_class(config["class_dropout_prob"] > 0)
+            if header.get("class_rows") is not None:
+                file = file.with_class_rows(header["class_rows"], header.get("class_names"))
             changed = file.config["num_classes"] != config["num_classes"]
             if changed and not difffit.class_embedding:
                 raise DiffFitError(

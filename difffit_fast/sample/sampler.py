@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, create_diffusi
 from ..diffusion.flow import METHODS as FLOW_METHODS
 from ..diffusion.solvers import make_scheduler
 from ..errors import DiffFitError
+from ..models.classes import composed
 from ..models.dit import guided_forward, num_guided_channels
 
 DDPM_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
@@ -98,7 +101,7 @@ class Sampler:
         indices: Sequence[int] | None = None,
         decode: bool = True,
     ) -> Tensor:
-        """Images float32 (N, 3, H, W) in [-1, 1] on the CPU, one per label (a number, or a name of ``class_names``).
+        """Images float32 (N, 3, H, W) in [-1, 1] on the CPU, one per label, see :func:`resolve_labels`.
 
         ``indices`` numbers the images for the seeding (default 0, 1, ...). With ``decode=False``, what the diffusion
         model works on: (N, in_channels, input_size, input_size).
@@ -180,30 +183,52 @@ def resolve_labels(
 ) -> Tensor:
     """Class numbers (0 .. num_classes - 1) and names, mixed -> (N,) long on the CPU.
 
+    A whole number is a class's number. Text is a name, or a number where it is one; ``#3`` is class 3 and ``name:3`` the
+    class of that name, whatever the names are.
+
     Raises:
-        DiffFitError: a number out of range, an unknown name (the nearest known one is named), or names without a list.
+        DiffFitError: a number out of range, an unknown name (the nearest known one is named), names without a list, or text
+            that can be meant in two ways.
     """
     if isinstance(labels, Tensor):
         labels = labels.tolist()
-    numbers = []
-    for label in labels:
-        if isinstance(label, str) and class_names is not None and label in class_names:
-            numbers.append(class_names.index(label))
-            continue
-        try:
-            number = int(label)
-        except ValueError:
-            raise DiffFitError(_unknown_name(str(label), class_names)) from None
-        if not 0 <= number < num_classes:
-            raise DiffFitError(f"class labels must be in 0..{num_classes - 1}; got {number}")
-        numbers.append(number)
+    names = None if class_names is None else [composed(name) for name in class_names]
+    numbers = [_number(label, names, num_classes) for label in labels]
+    if odd := [number for number in numbers if not 0 <= number < num_classes]:
+        raise DiffFitError(f"class labels must be in 0..{num_classes - 1}; got {odd[0]}")
     return torch.tensor(numbers, dtype=torch.long)
 
 
-def _unknown_name(name: str, class_names: Sequence[str] | None) -> str:
-    if class_names is None:
+def _number(label: int | str, names: Sequence[str] | None, num_classes: int) -> int:
+    """The one class that ``label`` can mean; its range is the caller's to check."""
+    if not isinstance(label, str):
+        if isinstance(label, bool) or not hasattr(label, "__index__"):
+            raise DiffFitError(f"a class label must be a whole number or a name; got {label!r}")
+        return operator.index(label)
+    text = composed(label)
+    wanted = {text, text[5:]} if text.startswith("name:") else {text}
+    meant = [row for row, name in enumerate(names or []) if name in wanted]
+    number = re.fullmatch(r"#?(-?[0-9]+)", text)
+    if number is None and not meant:
+        raise DiffFitError(_unknown_name(label, names))
+    if number is not None:
+        row = int(number[1])
+        if not meant and text[0] != "#" and names and all(re.fullmatch("[0-9]+", name) for name in names):
+            raise DiffFitError(
+                f"no class is named {label!r}; where the names are numbers, class {row} is written '#{row}'"
+            )
+        if row not in meant and (not meant or 0 <= row < num_classes):
+            meant.append(row)
+    if len(meant) > 1:
+        words = [f"#{row}" + (f" (named {names[row]!r})" if names and row < len(names) else "") for row in meant]
+        raise DiffFitError(f"the class label {label!r} can mean {' or '.join(words)}; say #NUMBER or name:NAME")
+    return meant[0]
+
+
+def _unknown_name(name: str, names: Sequence[str] | None) -> str:
+    if not names:
         return f"the class {name!r} was given by name, but the model carries no class names; use its number"
-    return f"there is no class {name!r}; the nearest known one is {nearest(name, class_names)!r}"
+    return f"there is no class {name!r}; the nearest known one is {nearest(name, names)!r}"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import yaml
 from .._files import read_yaml, write_text
 from .._words import nearest
 from ..errors import DiffFitError
+from ..models.classes import CLASSES
 from .settings import FRACTION, FROM_ONE, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED, flag, option, settings_of
 
 # The learning rates that the paper and the public scripts use: ten times higher where little is trained.
@@ -70,6 +71,9 @@ class TrainConfig:
         None, "pre-trained DiT or SiT checkpoint (default: random weights, for trying out)", steers=True)
     num_heads: int | None = _model(
         None, "attention heads, for unpublished widths in files that do not record them", steers=True, bounds=FROM_ONE)
+    classes: str = _model(
+        "match", "rows of the class table that classes start from: match takes those of --ckpt by name and makes others from "
+        "the names most like theirs, keep makes none, new draws all at random", steers=True, choices=CLASSES)
     method: str = _model(
         "difffit", "difffit, bitfit, full, lora, or another of difffit_fast.baselines", steers=True, part_of_model=True)
     method_args: dict = _model(

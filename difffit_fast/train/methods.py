@@ -17,6 +17,7 @@ from ..models.dit import DIT_ARGUMENTS, DiT
 from ..models.random_base import random_dit, seeded
 from ..models.sizes import model_objective, model_sizes
 from .config import TrainConfig
+from .settings import flag
 
 DEFAULT_MODEL = "DiT-XL/2"
 
@@ -73,11 +74,12 @@ def build_model(
         num_classes: classes of the model.
         dtype: arithmetic of the frozen weights.
         base: what :func:`read_base` gave, where it was called already.
-        class_names: of the data.
+        class_names: of the model, in the order of its labels; ``config.classes`` says what they have to do with the base's.
 
     Raises:
         DiffFitError: unknown model or method, or a checkpoint that does not fit.
     """
+    _check_model_args(config, num_classes=num_classes, input_size=input_size, in_channels=channels)
     file = base if base is not None else read_base(config)
     with seeded(config.global_seed), _value_errors():
         if file is None:
@@ -96,14 +98,27 @@ def build_model(
                     "(--class-dropout-prob 0.1 adds one)",
                     stacklevel=2,
                 )
-            names = list(class_names) if class_names is not None else None
-            dit = file.adapt(num_classes=num_classes, input_size=input_size, null_class=null, class_names=names).dit()
+            dit = file.adapt(
+                num_classes=num_classes, input_size=input_size, null_class=null, class_names=class_names,
+                classes=config.classes,
+            ).dit()  # fmt: skip
             if config.class_dropout_prob:
                 dit.class_dropout_prob = dit.y_embedder.dropout_prob = config.class_dropout_prob
         return _with_method(dit, config, dtype)
 
 
+def _check_model_args(config: TrainConfig, **known: int) -> None:
+    """Raise where ``--model-args`` says otherwise than data and other settings, which the model follows."""
+    known |= {"num_heads": config.num_heads, "class_dropout_prob": config.class_dropout_prob}
+    for key, value in known.items():
+        if value is not None and config.model_args.get(key, value) != value:
+            why = flag(key) if getattr(config, key, None) is not None else "the data"
+            raise DiffFitError(f"--model-args has {key}={config.model_args[key]}, but by {why} it is {value}")
+
+
 def _random_base(config: TrainConfig, channels: int, input_size: int, num_classes: int) -> DiT:
+    if config.classes == "keep":
+        raise DiffFitError("--classes keep keeps the rows of a checkpoint; give --ckpt")
     warnings.warn(
         "no --ckpt: the frozen weights are random, made from the seed; this is for trying things out", stacklevel=3
     )

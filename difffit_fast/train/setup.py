@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._processes import World
 from ..data import LatentSpace, PixelSpace, TrainingData
 from ..errors import DiffFitError
+from ..models.classes import ClassRows
 from ..models.sizes import model_name
 from .captured import choose_capture
 from .config import DEFAULT_STEPS, TrainConfig
@@ -69,13 +70,17 @@ def assemble(
     config = config.replace(precision=precision)
     source = open_source(config, device, data, val_data)
     num_classes = count_classes(config, model, source.data)
-    model, objective = _model_and_objective(config, source, num_classes, model)
+    names = list(source.data.class_names)
+    names += (_class_names(model) or [f"class {i}" for i in range(num_classes)])[len(names) :]
+    model, objective = _model_and_objective(config, source, names, model)
     stream, validation = _streams(config, source, num_classes, _label_dropout(config, model))
     effective = config.replace(
         image_size=source.data.image_size, vae=source.vae, num_classes=num_classes, objective=objective.name,
         lr=config.learning_rate, max_steps=_total_steps(config, len(stream)), epochs=None,
         class_dropout_prob=stream.drop_prob,
     )  # fmt: skip
+    chosen = getattr(model, "classes", None) if config.ckpt is not None else None
+    classes = chosen.said if chosen is not None else ""
     known = hasattr(model, "hidden_size")
     name = model_name(vars(model), objective.name) if known else config.model or type(model).__name__
     captured, how = choose_capture(config, device, model)
@@ -85,16 +90,15 @@ def assemble(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise DiffFitError("the model has no trainable parameter")
-    names = list(source.data.class_names)
     mine = -(-config.global_batch_size // world.size)
     workers, few = affordable_workers(config.num_workers * world.size, stream.batch_bytes(mine))
     workers //= world.size
     return Parts(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
         forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
-        space=source.decoder, class_names=names + [f"class {i}" for i in range(len(names), num_classes)],
+        space=source.decoder, class_names=names,
         total_steps=effective.max_steps, num_workers=workers, captured=captured,
-        notes=[note for note in (slow, how, few) if note],
+        notes=[note for note in (slow, how, classes, few) if note],
     )  # fmt: skip
 
 
@@ -102,7 +106,7 @@ def assemble(
 
 
 def _model_and_objective(
-    config: TrainConfig, source: Source, num_classes: int, model: nn.Module | None
+    config: TrainConfig, source: Source, class_names: list[str], model: nn.Module | None
 ) -> tuple[nn.Module, Objective]:
     """The model, as it was given or as the settings ask for it, and the loss that suits it."""
     dtype = DTYPES[config.precision]
@@ -110,9 +114,14 @@ def _model_and_objective(
     config = config.replace(objective=objective_of(config, base))
     if model is None:
         model = build_model(
-            config, channels=source.channels, input_size=source.size, num_classes=num_classes, dtype=dtype, base=base,
-            class_names=source.data.class_names if num_classes == source.data.num_classes else None,
+            config, channels=source.channels, input_size=source.size, num_classes=len(class_names), dtype=dtype, base=base,
+            class_names=class_names,
         )  # fmt: skip
+    elif (own := _class_names(model)) and own != class_names:
+        odd = next(i for i, (ours, theirs) in enumerate(zip(own, class_names, strict=True)) if ours != theirs)
+        raise DiffFitError(
+            f"class {odd} of the model is {own[odd]!r}, and class {odd} of the data is {class_names[odd]!r}"
+        )
     sees = source.channels, source.size
     has = getattr(model, "in_channels", sees[0]), getattr(model, "input_size", sees[1])
     if has != sees:
@@ -122,6 +131,12 @@ def _model_and_objective(
     own_arithmetic = getattr(model, "compute_dtype", None) is not None
     autocast = None if own_arithmetic or dtype == torch.float32 else dtype
     return model, Objective(config.objective, getattr(model, "learn_sigma", True), source.encoder, autocast)
+
+
+def _class_names(model: nn.Module) -> list[str] | None:
+    """The names of the classes that a model was made with, where it knows them."""
+    chosen = getattr(model, "classes", None)
+    return list(chosen.names) if isinstance(chosen, ClassRows) and chosen.names is not None else None
 
 
 def _shard(model: nn.Module, world: World) -> None:

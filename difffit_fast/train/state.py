@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .._processes import World
 from ..data.base import visit_seed
 from ..errors import DiffFitError
-from ..models.delta import base_hash, read_delta
+from ..models.delta import base_hash, read_delta, untrained_rows
+from ..models.header import read_header
 from .checkpoint import Checkpoint, CheckpointFolder
 from .ema import EMA, local
 from .generators import generators_state, seed_generators, set_generators_state
@@ -60,6 +61,7 @@ class RunState:
     def _take(self, checkpoint: Checkpoint) -> Progress:
         info = checkpoint.info
         self._compare_base(checkpoint.delta)
+        self._compare_classes(checkpoint.delta)
         unpack(checkpoint.tensors(), self.parts.parameters, self.ema, self.optimizer, info["updates"])
         generators = info["generators"]
         if len(generators) == self.world.size:
@@ -78,6 +80,21 @@ class RunState:
                 ckpt = self.parts.config.ckpt
                 base = f"--ckpt {ckpt}" if ckpt else "the random one of this seed"
                 raise DiffFitError(f"cannot resume {delta}: it was trained on another base than {base}")
+
+    def _compare_classes(self, delta: Path) -> None:
+        """The rows of the class table come from the checkpoint: its classes must be the data's, in the same order."""
+        header, ours = read_header(delta), self.parts.class_names
+        theirs = header.get("class_names")
+        if theirs is not None and theirs != ours:
+            odd = next(
+                (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
+            )
+            names = [repr(part[odd]) if odd < len(part) else "missing" for part in (theirs, ours)]
+            raise DiffFitError(f"cannot resume {delta}: its class {odd} is {names[0]}, that of the data is {names[1]}")
+        if hasattr(self.parts.model, "save_delta") and header.get("class_rows") != untrained_rows(self.parts.model):
+            raise DiffFitError(
+                f"cannot resume {delta}: it was trained with other rows of the base's class table (--classes)"
+            )
 
     # -- out -----------------------------------------------------------------------------------------------------------
     def save(self, folder: CheckpointFolder, progress: Progress) -> Path | None:
