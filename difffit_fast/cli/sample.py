@@ -74,21 +74,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_MOST = {
+    "num_sampling_steps": 100_000, "num_images": 10_000, "num_fid_samples": 10**9, "per_proc_batch_size": 1 << 20,
+    "image_size": 1 << 16, "num_heads": 1 << 12,
+}  # fmt: skip
+
+
 def _check(args: argparse.Namespace) -> None:
     """What can be said before anything is loaded."""
-    for name in (
-        "num_sampling_steps",
-        "num_images",
-        "num_fid_samples",
-        "per_proc_batch_size",
-        "image_size",
-        "num_heads",
-    ):
+    for name, most in _MOST.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise DiffFitError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
-    if args.seed < 0:
-        raise DiffFitError(f"--seed must be at least 0; got {args.seed}")
+        if value is not None and not 1 <= value <= most:
+            raise DiffFitError(f"--{name.replace('_', '-')} must be at least 1 and at most {most}; got {value:.60g}")
+    if not 0 <= args.seed < 1 << 64:
+        raise DiffFitError(f"--seed must be at least 0 and less than 2**64; got {args.seed:.60g}")
     if args.ckpt is None and args.delta is None:
         raise DiffFitError("nothing to sample from: give --ckpt, or --delta, or both")
     if args.merge and args.delta is None:

@@ -23,6 +23,14 @@ from ..models.dit import guided_forward, num_guided_channels
 
 DDPM_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 SAMPLERS = (*DDPM_SAMPLERS, *FLOW_METHODS)
+# Far beyond what anybody means.
+MOST_STEPS, MOST_IMAGES, MOST_GUIDANCE = 100_000, 1 << 20, 1000.0
+
+
+class NonFiniteSampleError(DiffFitError):
+    """A model or a decoder made an image that is infinite or not a number."""
+
+    exit_code = 1
 
 
 class Sampler:
@@ -66,10 +74,13 @@ class Sampler:
     ) -> None:
         if sampler not in SAMPLERS:
             raise DiffFitError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
-        if num_sampling_steps < 1 or batch_size < 1:
-            raise DiffFitError(f"steps and batch size must be at least 1; got {num_sampling_steps} and {batch_size}")
-        if cfg_scale < 0:
-            raise DiffFitError(f"cfg_scale must be at least 0; got {cfg_scale}")
+        for what, value, most in (
+            ("num_sampling_steps", num_sampling_steps, MOST_STEPS), ("batch_size", batch_size, MOST_IMAGES),
+        ):  # fmt: skip
+            if not 1 <= value <= most:
+                raise DiffFitError(f"{what} must be from 1 to {most}; got {value:.60g}")
+        if not 0 <= cfg_scale <= MOST_GUIDANCE:
+            raise DiffFitError(f"cfg_scale must be from 0 to {MOST_GUIDANCE}; got {cfg_scale}")
         if not 0 <= eta <= 1:
             raise DiffFitError(f"eta must be in 0..1; got {eta}")
         self.model = model if device is None else model.to(device)
@@ -118,8 +129,21 @@ class Sampler:
             generators = image_generators(seed, indices[part])
             with torch.no_grad(), _evaluating(self.model):
                 latents = self._sample_latents(y[part].to(self.device), generators)
-                parts.append((self.vae.decode(latents) if decode else latents).float().cpu())
+                self._check_finite(latents, y[part], indices[part], "the model's")
+                images = (self.vae.decode(latents) if decode else latents).float().cpu()
+                self._check_finite(images, y[part], indices[part], "the decoder's")
+                parts.append(images)
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def _check_finite(self, made: Tensor, labels: Tensor, indices: Sequence[int], whose: str) -> None:
+        """Raise for the first image that is not finite: it would be drawn black, and scored."""
+        bad = (~torch.isfinite(made).flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteSampleError(
+                f"{len(bad)} of {len(made)} samples are not finite, {whose} fault; the first is image {indices[bad[0]]} of class "
+                f"{int(labels[bad[0]])} ({self.sampler}, {self.num_sampling_steps} steps, cfg_scale {self.cfg_scale:g}); look "
+                "for NaN in the model (difffit check), or try more steps, less guidance or --precision fp32"
+            )
 
     def check_decoder(self) -> None:
         """Raise unless the decoder takes what the model makes."""
@@ -159,8 +183,10 @@ class Sampler:
             flow = FlowMatching()
             return lambda *a, **k: flow.ode_sample_loop(*a, num_steps=steps, method=self.sampler, **k)
         base = diffusion or create_diffusion()
-        if steps > base.original_num_steps:
-            raise DiffFitError(f"{self.sampler} takes at most {base.original_num_steps} steps; got {steps}")
+        # The solvers' last step of as many as the schedule has begins and ends at the same noise, and divides by nothing.
+        most = base.original_num_steps - (self.sampler in SOLVERS)
+        if steps > most:
+            raise DiffFitError(f"{self.sampler} takes at most {most} steps; got {steps}")
         if self.sampler in SOLVERS:
             make_scheduler(self.sampler, base)  # if diffusers is missing, say so now
             return lambda *a, **k: solver_sample_loop(self.sampler, base, *a, num_steps=steps, **k)
