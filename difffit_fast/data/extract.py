@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._files import TEMPORARY, read_json, sha256, sweep, write_json
+from .._files import TEMPORARY, read_json, sha256, stamp, sweep, write_json
 from ..errors import DiffFitError
 from .image_folder import ImageFolder
 from .pixels import ImageError, read_pixels, to_signed
@@ -122,7 +122,7 @@ class Extraction:
             "shard_size": self.config.shard_size,
             "num_images": len(self.folder),
             "listing_sha256": self._listing(lambda status: ()),
-            "stamps_sha256": self._listing(lambda status: (status.st_size, status.st_mtime_ns, status.st_ctime_ns)),
+            "stamps_sha256": self._listing(stamp),
             "class_names": self.folder.class_names,
         }
 
