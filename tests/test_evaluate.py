@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 import warnings
 import zipfile
@@ -578,6 +579,32 @@ def test_the_cache_is_used_only_while_it_fits(image_folders, tmp_path):
         ev.compare(samples, torch.rand(9, 3, 8, 8), TinyFeatures(), cache=cache)
     with pytest.raises(DiffFitError, match="cannot be cached"):
         ev.compare(samples, reference, lambda x: TinyFeatures()(x), cache=cache)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_cache_notices_images_that_changed_behind_name_size_and_time(image_folders, tmp_path, packed):
+    samples, _ = image_folders
+    images = np.random.default_rng(3).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
+    if packed:
+        reference = changing = tmp_path / "reference.npz"
+        write, content = (lambda x: np.savez(changing, arr_0=x)), (images, images // 2)
+    else:
+        reference, changing = (
+            tmp_path / os.fsdecode(b"ref\xff"),
+            tmp_path / os.fsdecode(b"ref\xff") / os.fsdecode(b"\xfe.bmp"),
+        )
+        reference.mkdir()
+        for i in range(3):
+            Image.fromarray(images[i]).save(reference / f"{i}.bmp")
+        write, content = (lambda x: Image.fromarray(x).save(changing)), (images[4], images[5] // 2)
+    write(content[0])
+    status = changing.stat()
+    old = ev.compare(samples, reference, TinyFeatures(), cache=tmp_path / "cache.npz")
+    write(content[1])
+    os.utime(changing, ns=(status.st_atime_ns, status.st_mtime_ns))  # as cp -p leaves it
+    assert changing.stat().st_size == status.st_size
+    new = ev.compare(samples, reference, TinyFeatures(), cache=tmp_path / "cache.npz")
+    assert new["fd"] != old["fd"] and new == ev.compare(samples, reference, TinyFeatures())
 
 
 def test_statistics_files_that_are_wrong_are_refused(tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from difffit_fast._files import beside, sha256, write_safetensors
 from difffit_fast.cli import extract as cli
 from difffit_fast.data import (
     ImageFolder,
@@ -379,17 +384,272 @@ def test_a_bad_index_is_noticed(images, tmp_path):
     for change, message in (
         ({"format": "other"}, "is not an index"),
         ({"version": 99}, "format version 99"),
-        ({"labels": index["labels"][:-1]}, "is damaged"),
+        ({"version": "2"}, "format version '2'"),
+        ({"labels": index["labels"][:-1]}, "21 labels and 22 files"),
         ({"labels": [7] * len(index["labels"])}, "outside its 3 classes"),
-        ({"shards": None}, "is damaged"),
+        ({"labels": [-1, *index["labels"][1:]]}, "outside its 3 classes"),
+        ({"labels": [0.5, *index["labels"][1:]]}, "labels should be integers"),
+        ({"labels": [True, *index["labels"][1:]]}, "labels should be integers"),
+        ({"labels": index["labels"][1:] + index["labels"][:1]}, "should lie in the folder of its class, 'bee'"),
+        ({"class_names": ["bee", "ant", "cow"]}, "should lie in the folder of its class, 'bee'"),
+        ({"class_names": ["ant", "bee", "bee"]}, "class_names should differ"),
+        ({"class_names": ["ant", "bee", "cow", "dog"]}, "its checksum differs"),
+        ({"files": [*index["files"][:-1], "cow/other.png"]}, "its checksum differs"),
+        ({"files": [None, *index["files"][1:]]}, "the image None should lie"),
+        ({"bad": []}, "22 images and 0 unreadable ones, of 23"),
+        ({"bad": [["a"]]}, "bad should be pairs"),
+        ({"shards": None}, "shards should be list"),
+        ({"shards": index["shards"][:-1]}, "6 shards are expected; it names 5"),
+        ({"scale": 0.0}, "scale not 0"),
+        ({"scale": "1"}, "scale should be float"),
+        ({"scale": 0.5}, "its checksum differs"),
+        ({"channels": 1}, "do not fit images of 16 pixels"),
+        ({"size": 0}, "channels and size should be positive"),
+        ({"size": 32}, "do not fit images of 16 pixels"),
+        ({"config": index["config"] | {"image_size": 32}}, "do not fit images of 32 pixels"),
+        ({"config": index["config"] | {"kind": "latents"}}, "kind should be pixels or moments"),
+        ({"config": index["config"] | {"precision": "fp32"}}, "precision should be uint8"),
+        (
+            {"config": index["config"] | {"num_images": 1 << 40, "shard_size": 1 << 38}},
+            "4 shards are expected; it names 6",
+        ),
+        ({"config": index["config"] | {"shard_size": 0}}, "should be positive"),
+        ({"sha256": None}, "its checksum differs"),
     ):
         (out / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(DiffFitError, match=message):
             LatentCache(out)
-    (out / "index.json").write_text(json.dumps(index | {"labels": index["labels"][1:] + index["labels"][:1]}))
-    with pytest.raises(DiffFitError, match="are not those of the index"):
-        LatentCache(out).verify_all()
+    for key, value, message in (
+        ("count", -1, "is made of 4 images and holds -1"),
+        ("count", 5, "is made of 4 images and holds 5"),
+        ("count", 1.0, "count should be int"),
+        ("bytes", -1, "should have bytes"),
+        ("file", "../shard", "shard 0 should be shard-00000-of-00006.safetensors"),
+        ("sha256", "0", "has no SHA-256"),
+    ):
+        (out / "index.json").write_text(
+            json.dumps(index | {"shards": [index["shards"][0] | {key: value}, *index["shards"][1:]]})
+        )
+        with pytest.raises(DiffFitError, match=message):
+            LatentCache(out)
+    for text in ('"scale": NaN', '"scale": 1e999', '"shift": -Infinity'):
+        key = text.split(":")[0]
+        (out / "index.json").write_text(json.dumps(index).replace(f"{key}: {index[key.strip(chr(34))]}", text))
+        with pytest.raises(DiffFitError, match="NaN|Infinity|should be finite"):
+            LatentCache(out)
     for text in ("{", "[]"):
         (out / "index.json").write_text(text)
         with pytest.raises(DiffFitError, match="JSON"):
             LatentCache(out)
+
+
+def _as_version_1(out, **changes):
+    """The folder as the first version of the format wrote it: no digests, no checksum, sizes in the listing."""
+    index = json.loads((out / "index.json").read_text()) | changes
+    shards = []
+    for entry in index["shards"]:
+        path = out / entry["file"]
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors.pop("digests", None)
+        write_safetensors(path, tensors, metadata)
+        shards.append(entry | {"bytes": path.stat().st_size, "sha256": sha256(path)})
+    config = json.loads((out / "extract.json").read_text())
+    del index["sha256"], config["stamps_sha256"]
+    listing = hashlib.sha256()
+    for folder in sorted(images_of(out)):
+        listing.update(f"{folder[0]}\0{folder[1]}\n".encode())
+    old = {"version": 1, "listing_sha256": listing.hexdigest()}
+    index |= {"version": 1, "shards": shards, "config": index["config"] | old}
+    (out / "index.json").write_text(json.dumps(index, indent=1))
+    (out / "extract.json").write_text(json.dumps(config | old, indent=1))
+    return index
+
+
+def images_of(out):
+    """(name, size) of the images behind a folder of these tests."""
+    root = Path((out.parent / "source").read_text())
+    return [(path.relative_to(root).as_posix(), path.stat().st_size) for path in root.rglob("*.png")]
+
+
+@pytest.fixture
+def mine(images, tmp_path):
+    """A copy of the images, and their pixels extracted."""
+    root, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(images, root)
+    (tmp_path / "source").write_text(str(root))
+    _extract(root, out)
+    return root, out
+
+
+def test_caches_of_the_first_version_load_and_can_be_taken_up(mine, tmp_path):
+    root, out = mine
+    want = LatentCache(out).load(3, 1)[0]
+    index = _as_version_1(out)
+    old = LatentCache(out)
+    old.verify_all()
+    assert len(old) == 22 and torch.equal(old.load(3, 1)[0], want)
+    for change, message in (
+        ({"class_names": ["bee", "ant", "cow"]}, "should lie in the folder of its class"),
+        ({"class_names": ["ant", "bee", "cow", "dog"]}, "class_names is .* in extract.json"),
+        ({"scale": 0}, "scale not 0"),
+        ({"config": index["config"] | {"vae_sha256": "0"}}, "vae_sha256 is '0', but 'none' in extract.json"),
+    ):
+        (out / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(DiffFitError, match=message):
+            LatentCache(out)
+    (out / "index.json").write_text(json.dumps(index))
+    shards = {path: path.read_bytes() for path in out.glob("shard-*")}
+    assert _extract(root, out) == 0  # nothing has changed: the shards stay
+    assert {path: path.read_bytes() for path in shards} == shards
+    assert json.loads((out / "index.json").read_text())["version"] == 2
+    LatentCache(out).verify_all()
+
+
+@pytest.mark.parametrize("state", ["complete", "begun", "first version"])
+def test_images_that_changed_behind_their_names_are_extracted_again(mine, tmp_path, capsys, state):
+    root, out = mine
+    if state == "begun":
+        (out / "index.json").unlink()
+        sorted(out.glob("shard-*"))[4].unlink()
+    elif state == "first version":
+        _as_version_1(out)
+    path = root / "ant" / "01.png"
+    status, pixels = path.stat(), np.asarray(Image.open(path))
+    Image.fromarray(255 - pixels[:10]).save(path)  # shorter,
+    path.write_bytes(path.read_bytes().ljust(status.st_size, b"\0"))  # and as long again: decoders stop at its end
+    assert path.stat().st_size == status.st_size
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    capsys.readouterr()
+    assert _extract(root, out) == 0
+    assert "1 images have changed since they were extracted, the first is ant/01.png" in capsys.readouterr().err
+    cache, folder = LatentCache(out), ImageFolder(root, 16)
+    cache.verify_all()
+    assert torch.equal(cache.load(1, 0)[0], folder.load(1, 0)[0])
+    again = [name for name, time_ in before.items() if (out / name).stat().st_mtime_ns != time_]
+    assert again == [sorted(before)[0]]  # the others stay
+    _extract(root, tmp_path / "fresh")
+    if state != "first version":
+        assert _bytes(out) == _bytes(tmp_path / "fresh")
+    assert _extract(root, out) == 0 and "changed" not in capsys.readouterr().err
+
+
+def test_content_counts_when_size_and_time_are_the_same(mine, capsys):
+    """As ``cp -p`` or an archive that sets times leaves it; and the other way round, new times alone change nothing."""
+    root, out = mine
+    before = _bytes(out)
+    path = root / "cow" / "00.png"
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-20] + bytes(20))  # damaged now
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert _extract(root, out) == 0
+    assert [bad.file for bad in LatentCache(out).report()] == ["bee/03.png", "cow/00.png"]
+    path.write_bytes(content)
+    assert _extract(root, out) == 0
+    for image in root.rglob("*.png"):
+        os.utime(image)
+    capsys.readouterr()
+    assert _extract(root, out) == 0 and "changed" not in capsys.readouterr().err
+    after = _bytes(out)
+    assert {k: v for k, v in before.items() if k != "extract.json"} == {
+        k: v for k, v in after.items() if k != "extract.json"
+    }
+
+
+def test_an_unreadable_image_that_was_mended_is_taken(mine):
+    root, out = mine
+    damaged = root / "bee" / "03.png"
+    damaged.write_bytes((root / "bee" / "02.png").read_bytes())
+    _extract(root, out)
+    assert len(LatentCache(out)) == 23 and LatentCache(out).report() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: {"pixels": t["pixels"][:, :1]},
+            r"should hold pixels of U8 \[4, 3, 16, 16\]; it holds U8 \[4, 1, 16, 16\]",
+        ),
+        (lambda t: {"pixels": t["pixels"][..., :8, :8]}, r"it holds U8 \[4, 3, 8, 8\]"),
+        (lambda t: {"pixels": t["pixels"].to(torch.int8)}, "it holds I8"),
+        (lambda t: {"pixels": t["pixels"][:3]}, r"it holds U8 \[3, 3, 16, 16\]"),
+        (lambda t: {"moments": t["pixels"], "pixels": None}, "it holds nothing"),
+        (lambda t: {"labels": t["labels"].to(torch.int32)}, "labels of I64"),
+        (lambda t: {"labels": t["labels"][:, None]}, r"labels of I64 \[4\]; it holds I64 \[4, 1\]"),
+        (lambda t: {"labels": t["labels"] + 1}, "are not those of the index"),
+        (lambda t: {"indices": t["indices"].flip(0)}, "images 0 to 3 in order"),
+        (lambda t: {"indices": t["indices"] + 1}, "images 0 to 3 in order"),
+        (lambda t: {"digests": t["digests"][:1]}, "digests of U8"),
+    ],
+)
+def test_a_shard_of_another_make_is_refused_and_made_again(mine, change, message):
+    root, out = mine
+    before = _bytes(out)
+    path = sorted(out.glob("shard-*"))[0]
+    tensors = load_file(path)
+    tensors = {key: value.contiguous() for key, value in (tensors | change(tensors)).items() if value is not None}
+    save_file(tensors, path, metadata={"difffit_fast": json.dumps({"bad": [], "shard": 0})})
+    index = json.loads((out / "index.json").read_text())
+    index["shards"][0] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    index["version"] = 1  # which has no checksum
+    (out / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DiffFitError, match=message):
+        LatentCache(out).verify_all()
+    if "are not those" not in message:
+        _extract(root, out)
+        assert _bytes(out) == before
+
+
+def test_names_that_are_not_unicode(images, tmp_path, capfd):
+    root, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(images / "ant", root / os.fsdecode(b"caf\xe9"))
+    (root / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff\xfe.png")).write_bytes(b"damaged")
+    shutil.copytree(images / "cow", root / "kühe\n")
+    assert _extract(root, out) == 0
+    cache = LatentCache(out)
+    cache.verify_all()
+    assert cache.class_names == [os.fsdecode(b"caf\xe9"), "kühe\n"] and len(cache) == 16
+    assert cache.files[0] == os.fsdecode(b"caf\xe9/00.png")
+    assert cache.report()[0].file == os.fsdecode(b"caf\xe9/\xff\xfe.png")
+    assert "left out" in capfd.readouterr().err
+    before = _bytes(out)
+    assert _extract(root, out) == 0 and _bytes(out) == before
+
+
+# ---------------------------------------------------------------- together, and with no room
+
+
+def test_two_extractions_into_one_folder_at_once(images, tmp_path):
+    _extract(images, tmp_path / "one")
+    out = tmp_path / "two"
+    processes = [
+        subprocess.Popen(_command(_arguments(images, out), pause), env=_environment(), stderr=subprocess.PIPE)
+        for pause in (0.0, 0.1)
+    ]
+    assert [(p.communicate()[1][-300:], p.returncode)[1] for p in processes] == [0, 0]
+    assert _bytes(out) == _bytes(tmp_path / "one")
+
+
+def test_who_ends_first_leaves_what_another_one_is_writing(mine):
+    root, out = mine
+    living = beside(out / "shard-00000-of-00006.safetensors")
+    living.write_bytes(b"half a sh")
+    sorted(out.glob("shard-*"))[1].unlink()
+    _extract(root, out)
+    assert living.read_bytes() == b"half a sh"
+
+
+def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(images, tmp_path):
+    _extract(images, tmp_path / "whole")
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # enough for extract.json, for no shard
+    try:
+        with pytest.raises(DiffFitError, match=r"cannot write into .*File too large; run the same command again"):
+            _extract(images, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(out) == ["extract.json"]
+    _extract(images, out)
+    assert _bytes(out) == _bytes(tmp_path / "whole")

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num_processes > 1:
         return _run_children(args)
     extraction = Extraction(_config(args, int(os.environ.get("LOCAL_RANK", 0))))
-    if not extraction.is_complete():
+    if not _is_complete(extraction, rank == 0):
         share = range(rank, extraction.num_shards, world)
         total = sum(len(extraction.shard_range(number)) for number in share)
         with tqdm(total=total, unit="img", desc="extract", disable=rank != 0, smoothing=0.1) as bar:
@@ -78,6 +78,19 @@ def _config(args: argparse.Namespace, local_rank: int) -> ExtractConfig:
     )
 
 
+def _is_complete(extraction: Extraction, tell: bool = True) -> bool:
+    """Whether nothing is left to do; says which images have changed since they were extracted."""
+    missing = extraction.missing()
+    if extraction.changed and tell:
+        count, first = len(extraction.changed), extraction.changed[0]
+        print(
+            f"{count} images have changed since they were extracted, the first is {first}; "
+            f"{len(missing)} of {extraction.num_shards} shards are made anew",
+            file=sys.stderr,
+        )
+    return not missing and extraction.is_complete()
+
+
 def _tell(extraction: Extraction) -> None:
     """Say what has been written, and name the images that were left out."""
     out = extraction.out
@@ -97,7 +110,7 @@ def _tell(extraction: Extraction) -> None:
 def _run_children(args: argparse.Namespace) -> int:
     """Start ``--num-processes`` children, show their common progress, and end all if one fails."""
     extraction = Extraction(_config(args, 0))  # checks everything once, before any child starts
-    if extraction.is_complete():
+    if _is_complete(extraction):
         _tell(extraction)
         return 0
     context = multiprocessing.get_context("spawn")

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import read_json, sha256
+from .._files import sha256
 from ..errors import DiffFitError
 from .base import BadImage, check_index, visit_rng
 from .pixels import to_signed
-from .shards import CONFIG_FILE, FORMAT, INDEX_FILE, VERSION, open_shard
+from .shards import open_shard, read_index
 
 
 class LatentCache:
     """A feature folder as :class:`~difffit_fast.data.base.TrainingData`.
 
     Nothing random is stored: a visit picks the image or its mirror image and draws the VAE's noise afresh, both from
-    the visit's seed. Opening checks the index and every shard's size; a shard's checksum is compared when it is first
-    touched, once for all worker processes together.
+    the visit's seed. Opening checks the index and every shard's size; a shard's checksum is compared, and its tensors'
+    types and shapes, when it is first touched (the checksum once for all worker processes together).
 
     Args:
         path: the folder that ``difffit extract`` wrote.
@@ -43,35 +43,16 @@ class LatentCache:
         self.path = Path(path)
         self.flip = bool(flip)
         self.verify = bool(verify)
-        self.index = _read_index(self.path)
-        index = self.index
-        try:
-            self.class_names: list[str] = list(index["class_names"])
-            self.num_classes = len(self.class_names)
-            self.kind: str = index["config"]["kind"]
-            self.image_size = int(index["config"]["image_size"])
-            self.channels = int(index["channels"])
-            self.size = int(index["size"])
-            self.vae: str = index["config"]["vae"]
-            self.scale = float(index["scale"])
-            self.shift = float(index["shift"])
-            self.labels = np.array(index["labels"], dtype=np.int64)
-            self.files: list[str] = list(index["files"])
-            self._shards: list[dict[str, Any]] = list(index["shards"])
-            self._ends = list(accumulate(int(shard["count"]) for shard in self._shards))
-            self._bad = [BadImage(*entry) for entry in index["bad"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DiffFitError(f"{self.path / INDEX_FILE} is damaged: {error!r}") from error
-        total = self._ends[-1] if self._ends else 0
-        if not len(self.labels) == len(self.files) == total or total == 0:
-            raise DiffFitError(
-                f"{self.path / INDEX_FILE} is damaged: {len(self.labels)} labels and {len(self.files)} files "
-                f"for {total} images in its shards"
-            )
-        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
-            raise DiffFitError(
-                f"{self.path / INDEX_FILE} is damaged: a label lies outside its {self.num_classes} classes"
-            )
+        self._index = index = read_index(self.path)
+        self.class_names = index.class_names
+        self.num_classes = len(self.class_names)
+        self.kind = index.layout.kind
+        self.channels, self.size = index.layout.channels, index.layout.size
+        self.image_size, self.vae = index.image_size, index.vae
+        self.scale, self.shift = index.scale, index.shift
+        self.labels, self.files = index.labels, index.files
+        self._shards = index.shards
+        self._ends = list(accumulate(shard["count"] for shard in self._shards))
         self._check_sizes()
         self._verified = torch.zeros(len(self._shards), dtype=torch.uint8).share_memory_()
         self._slices: dict[int, Any] = {}  # shard number -> lazily read tensor; each process opens its own
@@ -114,7 +95,7 @@ class LatentCache:
 
     def report(self) -> list[BadImage]:
         """The damaged images that extraction left out."""
-        return list(self._bad)
+        return list(self._index.bad)
 
     def verify_all(self) -> None:
         """Compare every shard's checksum and labels now rather than at first touch."""
@@ -149,29 +130,9 @@ class LatentCache:
                         "delete it and index.json, and run difffit extract again"
                     )
                 self._verified[number] = 1
-            handle = open_shard(path, "numpy")
-            first = self._ends[number] - int(entry["count"])
+            handle = open_shard(path, self._index.layout, self._index.source[number], entry["count"], "numpy")
+            first = self._ends[number] - entry["count"]
             if handle.get_tensor("labels").tolist() != self.labels[first : self._ends[number]].tolist():
                 raise DiffFitError(f"the labels in the shard {path} are not those of the index")
             self._slices[number] = handle.get_slice(self.kind)
         return self._slices[number]
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise DiffFitError(f"the feature path {path} is not a folder; make it with difffit extract")
-    if not (path / INDEX_FILE).is_file():
-        if (path / CONFIG_FILE).is_file():
-            raise DiffFitError(
-                f"the extraction into {path} is not finished; run the same difffit extract again to complete it"
-            )
-        raise DiffFitError(f"{path} holds no cached features ({INDEX_FILE} is missing); make them with difffit extract")
-    index = read_json(path / INDEX_FILE)
-    if index.get("format") != FORMAT:
-        raise DiffFitError(f"{path / INDEX_FILE} is not an index of cached features")
-    if index.get("version") != VERSION:
-        raise DiffFitError(
-            f"{path / INDEX_FILE} has format version {index.get('version')!r}, "
-            f"this difffit_fast reads version {VERSION}"
-        )
-    return index

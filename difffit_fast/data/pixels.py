@@ -8,7 +8,9 @@ centre. Its exact steps matter: a model tuned on other pixels than the FID refer
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 
 import numpy as np
 import torch
@@ -62,15 +64,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_pixels(path: str | os.PathLike[str], image_size: int) -> np.ndarray:
+def read_pixels(path: str | os.PathLike[str], image_size: int, content: bytes | None = None) -> np.ndarray:
     """Decode, turn upright by its EXIF tag, convert to RGB and crop: uint8 ``[image_size, image_size, 3]``.
+
+    Args:
+        content: the bytes of the file, where they have been read already.
 
     Raises:
         ImageError: the file is not an image that can be used (damaged, cut short, unknown format, no agreed range).
         DiffFitError: the file system failed (too many open files, input/output error): not the image's fault.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
             return np.asarray(center_crop(to_rgb(upright), image_size))
@@ -82,7 +87,8 @@ def read_pixels(path: str | os.PathLike[str], image_size: int) -> np.ndarray:
         if isinstance(error, OSError) and error.errno in _NOT_THE_IMAGES_FAULT:
             raise DiffFitError(f"cannot read {os.fspath(path)}: {error}") from error
         # Pillow's "cannot identify image file '/long/path'" names the path again; the caller names it already.
-        reason = str(error).replace(f" {os.fspath(path)!r}", "").strip() or type(error).__name__
+        reason = str(error).replace(f" {os.fspath(path)!r}", "")
+        reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason).strip() or type(error).__name__
         raise ImageError(reason) from error
 
 

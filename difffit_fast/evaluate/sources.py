@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .._files import stamp
 from ..data.image_folder import image_suffixes
 from ..data.pixels import ImageError, read_pixels, to_rgb
 from ..errors import DiffFitError
@@ -85,8 +86,7 @@ class FolderSource:
             raise DiffFitError(f"the folder {root} holds no images")
         digest = hashlib.sha256(f"{image_size}".encode())
         for file in self.files:
-            stat = file.stat()
-            digest.update(f"{file.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(_line(file.relative_to(root).as_posix(), *stamp(file.stat())))
         self.fingerprint: str | None = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -133,10 +133,7 @@ class NpzSource:
             raise DiffFitError(f"arr_0 of {path} is empty: {list(shape)}")
         self.shape = shape
         self.count = shape[0] if num_images is None else min(shape[0], num_images)
-        stat = path.stat()
-        self.fingerprint: str | None = hashlib.sha256(
-            f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{self.count}".encode()
-        ).hexdigest()
+        self.fingerprint: str | None = hashlib.sha256(_line(path.name, *stamp(path.stat()), self.count)).hexdigest()
 
     def __len__(self) -> int:
         return self.count
@@ -188,6 +185,11 @@ class ArraySource:
                     raise DiffFitError("some of the given images are NaN or infinite")
                 x = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)  # as samples are written to files
             yield list(x.expand(-1, 3, -1, -1))
+
+
+def _line(name: str, *numbers: int) -> bytes:
+    """A name that need not be UTF-8, and what is known of it."""
+    return ("\0".join((name, *map(str, numbers))) + "\n").encode("utf-8", "surrogateescape")
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
