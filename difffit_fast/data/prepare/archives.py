@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import lzma
 import os
 import shutil
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -73,7 +75,7 @@ class Source:
 
     def is_scratch(self, path: Path) -> bool:
         """Whether ``path`` was unpacked here, so that it may be moved rather than linked."""
-        return self.scratch in path.parents
+        return not path.is_symlink() and Path(os.path.realpath(self.scratch)) in Path(os.path.realpath(path)).parents
 
 
 def _search(base: Path, marker: str) -> Path | None:
@@ -81,7 +83,7 @@ def _search(base: Path, marker: str) -> Path | None:
         return base.parent
     depth = marker.count("/")
     for prefix in ("", "*/", "*/*/"):
-        for hit in sorted(base.glob(prefix + marker)):
+        for hit in sorted(base.glob(prefix + glob.escape(marker))):
             found = hit.parents[depth]
             if not any(
                 (folder / name).exists() for folder in (found, *_between(base, found)) for name in (INFO, MARKER)
@@ -115,7 +117,8 @@ def unpack(archive: Path, target: Path) -> None:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as bundle:
                 for info in tqdm(bundle.infolist(), desc=f"unpack {archive.name}", unit="file"):
-                    if not info.is_dir() and (destination := _inside(target, info.filename, archive)):
+                    link = stat.S_ISLNK(info.external_attr >> 16)
+                    if not info.is_dir() and not link and (destination := _inside(target, info.filename, archive)):
                         with bundle.open(info) as member, open(destination, "wb") as out:
                             shutil.copyfileobj(member, out, 1 << 20)
             return
@@ -142,7 +145,9 @@ def unpack(archive: Path, target: Path) -> None:
 def _inside(target: Path, name: str, archive: Path) -> Path | None:
     """Where the member ``name`` goes, its folder made; ``None`` to leave it out."""
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if not path.parts:  # the folder itself
+        return None
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in name:
         raise DiffFitError(f"the archive {archive} holds the unsafe path {name!r}; it was not unpacked any further")
     if path.name.startswith("._") or "__MACOSX" in path.parts:
         return None
