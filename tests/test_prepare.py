@@ -482,3 +482,32 @@ def test_the_command(small, tmp_path, capsys):
     ):
         with pytest.raises(DiffFitError, match=message):
             run(*words)
+
+
+def test_what_systems_leave_is_no_class(small, tmp_path, capsys):
+    small("artbench10", tmp_path / "r")
+    (packed,) = (tmp_path / "r").iterdir()
+    unpack(packed, tmp_path / "r")
+    packed.unlink()
+    train = next((tmp_path / "r").rglob("train"))
+    for name in ("@eaDir", "ukiyo_e/@eaDir"):
+        (train / name).mkdir()
+        (train / name / "x.jpg").write_bytes(jpeg(name))
+    (train / "ukiyo_e" / "notes.txt").touch()
+    out, info = prepare("artbench10", tmp_path / "r", tmp_path / "out")
+    assert info["complete"] and (info["classes"], info["train"], info["test"]) == (2, 6, 2)
+    assert info["left_out"] == [
+        "train: left out: 2 files and folders of the system (the first: @eaDir); "
+        "1 files without an image's name ending (the first: ukiyo_e/notes.txt)"
+    ]
+    words = argparse.Namespace(
+        list=False,
+        name="artbench10",
+        root=str(tmp_path / "r"),
+        out=str(out),
+        split=None,
+        allow_incomplete=False,
+        copy=False,
+    )
+    assert cli.run(words) == 0
+    assert "left out: 2 files and folders of the system" in capsys.readouterr().err

@@ -88,8 +88,13 @@ def assemble(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
         forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
         space=source.decoder, class_names=names + [f"class {i}" for i in range(len(names), num_classes)],
-        total_steps=effective.max_steps, captured=captured, notes=[note for note in (slow, how) if note],
+        total_steps=effective.max_steps, captured=captured, notes=[note for note in (slow, how, *_told(source)) if note],
     )  # fmt: skip
+
+
+def _told(source: Source) -> list[str]:
+    """What the data says of itself: images that were left out, and the like."""
+    return [note for data in (source.data, source.validation) for note in getattr(data, "notes", ())]
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def count_classes(config: TrainConfig, model: nn.Module | None, data: TrainingDa
 def _open_validation(path: str, data: TrainingData) -> TrainingData:
     cached = (Path(path) / INDEX_FILE).is_file()
     where = {"feature_path": path} if cached else {"path": path}
-    other = open_data(image_size=data.image_size, flip=False, **where)
+    other = open_data(image_size=data.image_size, flip=False, class_names=data.class_names, **where)
     if list(other.class_names) != list(data.class_names):
         odd = sorted(set(other.class_names) ^ set(data.class_names)) or ["their order"]
         raise DiffFitError(f"--val-path {path} has other classes than the training data: {odd[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .._processes import World
 from ..data.base import visit_seed
 from ..errors import DiffFitError
 from ..models.delta import base_hash, read_delta
+from ..models.header import read_header
 from .checkpoint import Checkpoint, CheckpointFolder
 from .ema import EMA
 from .generators import generators_state, seed_generators, set_generators_state
@@ -58,6 +60,7 @@ class RunState:
 
     def _take(self, checkpoint: Checkpoint) -> Progress:
         info = checkpoint.info
+        self._compare_classes(checkpoint.delta)
         self._compare_base(checkpoint.delta)
         unpack(checkpoint.tensors(), self.parts.parameters, self.ema, self.optimizer, info["updates"])
         generators = info["generators"]
@@ -69,6 +72,19 @@ class RunState:
 
     def _seed(self, step: int) -> None:
         seed_generators(visit_seed(self.parts.config.global_seed, step, self.world.rank) % (1 << 63))
+
+    def _compare_classes(self, delta: Path) -> None:
+        theirs, ours = read_header(delta).get("class_names"), self.parts.class_names
+        if theirs is None or theirs == ours:
+            return
+        label, (a, b) = next(
+            (i, pair) for i, pair in enumerate(zip_longest(theirs, ours, fillvalue="nothing")) if pair[0] != pair[1]
+        )
+        order = "the same classes in another order" if sorted(theirs) == sorted(ours) else "other classes"
+        raise DiffFitError(
+            f"cannot resume {delta}: the data has {order}; class {label} was {a!r} and is {b!r} now. "
+            "A new run can begin from that file (--ckpt)"
+        )
 
     def _compare_base(self, delta: Path) -> None:
         if hasattr(self.parts.model, "save_delta"):

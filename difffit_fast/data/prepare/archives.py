@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from ...errors import DiffFitError
+from ..listing import SYSTEM_NAMES, Listing
 from .layout import INFO, MARKER
 
 _DAMAGED = (
@@ -40,6 +41,7 @@ class Source:
 
     def __init__(self, root: Path, scratch: Path, home: str) -> None:
         self.root, self.scratch, self.home = root, scratch, home
+        self.notes: list[str] = []  # what readers left out of the folders they listed
         self._unpacked: dict[Path, Path] = {}
 
     def find(self, marker: str, archives: tuple[str, ...] = ()) -> Path:
@@ -72,6 +74,11 @@ class Source:
                         unpack(archive, self._unpacked[archive])
                         return self.look(marker, archives)  # the archive may hold an archive
         return None
+
+    def listed(self, listing: Listing) -> dict[str, list[str]]:
+        """The classes of ``listing``; what it left out is noted."""
+        self.notes += [f"{listing.root.name}: {note}" for note in listing.notes]
+        return listing.classes
 
     def is_scratch(self, path: Path) -> bool:
         """Whether ``path`` was unpacked here, so that it may be moved rather than linked."""
@@ -106,7 +113,7 @@ def unpack(archive: Path, target: Path) -> None:
     """Unpack the regular files of a tar (any compression) or zip archive below ``target``.
 
     A member that would land elsewhere (absolute, or with ``..``) is refused. Links and devices are not made, so no
-    later member can be written through one; the resource forks that macOS adds are left out.
+    later member can be written through one; what a system added (:data:`SYSTEM_NAMES`, the forks of macOS) is left out.
 
     Raises:
         DiffFitError: the archive is damaged, cut short, no archive, or holds a refused name.
@@ -149,7 +156,7 @@ def _inside(target: Path, name: str, archive: Path) -> Path | None:
         return None
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in name:
         raise DiffFitError(f"the archive {archive} holds the unsafe path {name!r}; it was not unpacked any further")
-    if path.name.startswith("._") or "__MACOSX" in path.parts:
+    if path.name.startswith("._") or any(part.casefold() in SYSTEM_NAMES for part in path.parts):
         return None
     destination = target / path
     os.makedirs(destination.parent, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..._extras import require
 from ...errors import DiffFitError
-from ..image_folder import image_suffixes
+from ..listing import list_images
 from .archives import Source
 from .flowers import FLOWER_NAMES
 from .layout import Item, inside
@@ -44,16 +44,6 @@ def _lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DiffFitError(f"the list {path} cannot be read: {error}") from error
-
-
-def _images_in(folder: Path) -> list[Path]:
-    suffixes = image_suffixes()
-    files = (path for path in folder.iterdir() if path.is_file())
-    return sorted(path for path in files if path.suffix.lower() in suffixes and not path.name.startswith("."))
-
-
-def _folders_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _nth(values: Sequence[Any], number: int) -> Any:
@@ -95,11 +85,12 @@ def _sun_class(path: str) -> str:
 def _sun397(source: Source, split: str) -> list[Item]:
     base = source.find("a/abbey", ("SUN397.tar.gz", "SUN397*.t*", "SUN397*.zip"))
     if split == "all":
-        folders = sorted({path.parent for path in base.glob("?/**/*.jpg") if not path.name.startswith(".")})
+        letters = source.listed(list_images(base))
         return [
-            Item.of("train", _sun_class(folder.relative_to(base).as_posix()), base, path.relative_to(base).as_posix())
-            for folder in folders
-            for path in _images_in(folder)
+            Item.of("train", _sun_class(path.rpartition("/")[0]), base, path)
+            for letter, paths in letters.items()
+            for path in paths
+            if len(letter) == 1
         ]
     number = split.removeprefix("partition-")
     try:
@@ -165,18 +156,14 @@ def _caltech101(source: Source, split: str) -> list[Item]:
     name = "101_ObjectCategories"
     base = source.find(name, (f"{name}.tar.gz", f"{name}*", "caltech-101.zip", "caltech*101*")) / name
     items: list[Item] = []
-    for folder in _folders_in(base):
-        if folder.name == "BACKGROUND_Google":  # clutter, not a class: kept in, it shifts every label by one
+    for folder, images in source.listed(list_images(base)).items():
+        if folder == "BACKGROUND_Google":  # clutter, not a class: kept in, it shifts every label by one
             continue
-        images = _images_in(folder)
         chosen = set(images)
         if split == "30-per-class":
             # Drawn per class by name, so that it depends neither on the machine nor on the other classes.
-            chosen = set(random.Random(folder.name).sample(images, min(30, len(images))))
-        items += [
-            Item.of("train" if path in chosen else "test", folder.name, base, f"{folder.name}/{path.name}")
-            for path in images
-        ]
+            chosen = set(random.Random(folder).sample(images, min(30, len(images))))
+        items += [Item.of("train" if path in chosen else "test", folder, base, path) for path in images]
     return items
 
 
@@ -204,11 +191,11 @@ def _artbench10(source: Source, split: str) -> list[Item]:
         "train/art_nouveau", ("artbench-10-imagefolder-split.tar", "artbench-10-imagefolder-split*", "artbench*split*")
     )
     return [
-        Item.of(part, folder.name, base / part, f"{folder.name}/{path.name}")
+        Item.of(part, folder, base / part, path)
         for part in ("train", "test")
         if (base / part).is_dir()
-        for folder in _folders_in(base / part)
-        for path in _images_in(folder)
+        for folder, paths in source.listed(list_images(base / part)).items()
+        for path in paths
     ]
 
 
