@@ -48,9 +48,11 @@ def open_source(
     """
     if data is None:
         size = config.image_size if config.feature_path or config.image_size else 256
-        data = open_data(config.data_path, config.feature_path, size)
+        data = open_data(config.data_path, config.feature_path, size, flip=config.flip == "horizontal")
     elif config.data_path or config.feature_path:
         raise DiffFitError("give the data itself or a path to it, not both")
+    elif config.flip == "none" and getattr(data, "flip", False):
+        raise DiffFitError("the given data mirrors images, and --flip is none; make it with flip=False")
     if validation is None and config.val_path is not None:
         validation = _open_validation(config.val_path, data)
 
