@@ -18,7 +18,7 @@ folder = write_digit_images(args.work_dir / "digits")
 from difffit_fast import FastDiffFitDiT, Sampler, Trainer  # noqa: E402
 from difffit_fast.data import ImageFolder  # noqa: E402
 
-data = ImageFolder(folder, image_size=16)
+data = ImageFolder(folder, image_size=16, flip=False)  # a mirrored 2 is no 2
 model = FastDiffFitDiT(input_size=16, in_channels=3, patch_size=4, hidden_size=48, depth=2, num_heads=2, num_classes=4)
 # with pre-trained weights: model = FastDiffFitDiT.from_pretrained("DiT-XL-2-256x256.pt", num_classes=data.num_classes)
 trainer = Trainer(model=model, data=data, vae="none", max_steps=args.steps, results_dir=args.work_dir / "api",

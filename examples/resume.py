@@ -21,6 +21,7 @@ settings = TrainConfig(
     data_path=str(write_digit_images(args.work_dir / "digits")),
     vae="none",
     image_size=16,
+    flip="none",  # a mirrored 2 is no 2
     model_args={"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 4},
     global_batch_size=8,
     num_workers=0,

@@ -32,8 +32,8 @@ if args.delta is None:
     torch.save(base.state_dict(), args.ckpt)
     model = FastDiffFitDiT.from_pretrained(args.ckpt, num_heads=heads)
     args.delta = Trainer(
-        model=model, data_path=write_digit_images(args.work_dir / "digits"), vae="none", image_size=16, num_workers=0,
-        global_batch_size=8, max_steps=10, results_dir=args.work_dir / "results", progress=False,
+        model=model, data_path=write_digit_images(args.work_dir / "digits"), vae="none", image_size=16, flip="none",
+        num_workers=0, global_batch_size=8, max_steps=10, results_dir=args.work_dir / "results", progress=False,
     ).train().delta  # fmt: skip
 
 # On the fly: the frozen weights stay as they are, deltas can be exchanged.

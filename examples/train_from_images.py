@@ -18,15 +18,18 @@ parser.add_argument("--work-dir", type=Path, default=Path("example_output"))
 parser.add_argument("--steps", type=int, default=200)
 args = parser.parse_args()
 
+flip = "horizontal"
 if args.data_path is None:
     from digit_images import write_digit_images
 
     args.data_path = write_digit_images(args.work_dir / "digits")
+    flip = "none"  # a mirrored 2 is no 2
 
 trainer = Trainer(
     data_path=args.data_path,
     vae="none",  # train on the pixels themselves
     image_size=16,
+    flip=flip,
     model="DiT-S/4",
     model_args={"depth": 4, "hidden_size": 96, "num_heads": 4},  # small enough for any CPU
     method="full",  # there is no pre-trained base here; with ckpt=..., leave this out and DiffFit is used

@@ -250,7 +250,9 @@ def test_a_run_goes_on_only_with_its_own_classes(tmp_path: Path) -> None:
     other = trainer(base, data, resume="auto", max_steps=2, classes="new").train()
     assert other.folder != first.folder
     (data / "cat").rename(data / "sunflower")
-    with pytest.raises(DiffFitError, match=r"cannot resume .*: its class 0 is 'cat', that of the data is 'red fox'"):
+    with pytest.raises(
+        DiffFitError, match=r"cannot resume .*: the data has .*; class 0 was 'cat' and is 'red fox' now"
+    ):
         trainer(base, data, resume=str(first.folder), max_steps=3).train()
 
 

@@ -170,7 +170,10 @@ def test_image_folder_is_training_data(folder):
     assert (len(data), data.num_classes, data.channels, data.size, data.image_size) == (8, 2, 3, 16, 16)
     assert data.labels.tolist() == [0] * 3 + [1] * 5
     assert data.files[3] == "b_cat/deep/er/0.png"
-    assert data.ignored_files == 1
+    assert data.notes == [
+        f"{folder}: left out: 2 hidden files and folders (the first: a dog/.hidden.png); "
+        "1 files without an image's name ending (the first: a dog/notes.txt)"
+    ]
     x, y = data.load(3, 7)
     assert x.shape == (3, 16, 16) and x.dtype == torch.float32 and y == 1
     assert x.abs().max() <= 1

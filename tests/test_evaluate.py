@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tracemalloc
 import warnings
 import zipfile
@@ -451,8 +452,9 @@ def test_images_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(DiffFitError, match="does not exist"):
         open_images(tmp_path / "nowhere")
     (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(DiffFitError, match=r"broken\.png cannot be read"):
-        list(open_images(tmp_path / "empty").batches(4))
+    source = open_images(tmp_path / "empty")
+    assert list(source.batches(4)) == []
+    assert len(source.notes) == 1 and "left out 1 unreadable images (the first: broken.png: cannot" in source.notes[0]
     (tmp_path / "text.txt").write_text("x")
     with pytest.raises(DiffFitError, match="neither a folder"):
         open_images(tmp_path / "text.txt")
@@ -478,6 +480,25 @@ def test_images_that_cannot_be_used_are_named(tmp_path):
         open_images(torch.zeros(2, 3, 4, 4), num_images=3)
     with pytest.raises(DiffFitError, match="NaN"):
         list(open_images(torch.full((2, 3, 4, 4), float("nan"))).batches(2))
+
+
+@pytest.mark.filterwarnings("ignore:.*left out", "ignore:the reference is of")
+def test_one_bad_image_never_ends_an_evaluation(image_folders, tmp_path):
+    samples, reference = (shutil.copytree(folder, tmp_path / folder.name) for folder in image_folders)
+    whole = ev.compare(samples, reference, TinyFeatures())
+    assert whole["notes"] == []
+    (samples / "0" / "aaa.png").write_bytes(b"no picture")
+    (samples / "notes.txt").touch()
+    (reference / "1" / "zzz.png").write_bytes(b"no picture")
+    result = ev.compare(samples, reference, TinyFeatures(), batch_size=7)
+    assert (result["fd"], result["num_samples"], result["num_reference"]) == (
+        pytest.approx(whole["fd"], rel=1e-9),
+        whole["num_samples"],
+        whole["num_reference"],
+    )
+    assert any("left out 1 unreadable images (the first: 0/aaa.png: " in note for note in result["notes"])
+    assert any("left out: 1 files without an image's name ending (the first: notes.txt)" in n for n in result["notes"])
+    assert any("the reference is of 30 of its 31 images" in note for note in result["notes"])
 
 
 def test_a_damaged_npz_is_said_to_end_early(tmp_path):

@@ -8,17 +8,21 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import subprocess
 import tarfile
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dataset_twins import CLASSES, MAKERS, archive, cars_in_one, food101, jpeg
 
 from difffit_fast.cli import prepare as cli
 from difffit_fast.data import ImageFolder
 from difffit_fast.data.prepare import DATASETS, Split, prepare
-from difffit_fast.data.prepare.archives import unpack
+from difffit_fast.data.prepare.archives import Source, unpack
 from difffit_fast.data.prepare.flowers import FLOWER_NAMES
 from difffit_fast.data.prepare.layout import safe_name
 from difffit_fast.errors import DiffFitError
@@ -337,6 +341,135 @@ def test_links_in_archives_are_not_made(tmp_path):
     assert (tmp_path / "target/link/evil.txt").read_bytes() == b"evil"
 
 
+def test_links_in_zip_archives_are_not_made_either(tmp_path):
+    link = zipfile.ZipInfo("link.jpg")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as bundle:
+        bundle.writestr(link, "/etc/passwd")
+        bundle.writestr(".", b"")  # a name of no parts
+        bundle.writestr("fine.txt", b"fine")
+    unpack(tmp_path / "x.zip", tmp_path / "target")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["fine.txt"]
+
+
+def _name_also(root, dataset, path):
+    """One more entry, with ``path``, in an extracted dataset's list."""
+    if dataset == "stanford-cars":
+        io = pytest.importorskip("scipy.io")
+        file = next(file for file in root.rglob("cars_*annos.mat") if "test" not in file.name)
+        table = io.loadmat(file)
+        key = "relative_im_path" if "cars_annos" in file.name else "fname"
+        table["annotations"][0, 0][key] = f"{path}.jpg"
+        io.savemat(file, {name: value for name, value in table.items() if not name.startswith("__")})
+        return
+    name, line = {
+        "food101": ("train.txt", path),
+        "sun397": ("Training_01.txt", f"{path}.jpg"),
+        "cub200": ("images.txt", f"1 {path}.jpg"),
+        "df20m-mini": ("DF20M-train_metadata_PROD.csv", f"1,Amanita,,,0.0,{path}.jpg"),
+    }[dataset]
+    file = next(root.rglob(name))
+    file.write_text(file.read_text() + f"\n{line}\n")
+
+
+@pytest.mark.parametrize("path", ["a/../../../../victim", "a/../../victim", "{absolute}", "a/link"])
+@pytest.mark.parametrize("dataset", ["food101", "sun397", "cub200", "stanford-cars", "cars_in_one", "df20m-mini"])
+def test_no_list_can_name_a_file_elsewhere(dataset, path, small, tmp_path):
+    """Whatever reads the list, what it names outside is neither taken nor moved; through a link neither."""
+    maker = cars_in_one if dataset == "cars_in_one" else None
+    dataset = "stanford-cars" if maker else dataset
+    victim = tmp_path / "victim.jpg"
+    victim.write_bytes(jpeg("victim"))
+    root = tmp_path / "downloads"
+    small(dataset, root, maker)
+    for packed in [file for file in root.iterdir() if file.suffix in (".tgz", ".gz", ".zip")]:
+        unpack(packed, root)
+        packed.unlink()
+    folder = next(root.rglob("*.[jJ][pP][gG]")).parent
+    base = {"food101": root / "food-101/images", "sun397": root / "SUN397", "cub200": root / "CUB_200_2011/images"}
+    (base.get(dataset, folder) / "a").mkdir(exist_ok=True)
+    (base.get(dataset, folder) / "a" / "link.jpg").symlink_to(victim)
+    _name_also(root, dataset, path.replace("{absolute}", str(victim.with_suffix(""))))
+    before = _tree(tmp_path)
+    expected = r"expected a relative path|is a link to|images of .* missing"
+    with pytest.raises(DiffFitError, match=expected):
+        prepare(dataset, root, tmp_path / "out")
+    assert _tree(tmp_path) == before
+    with suppress(DiffFitError):
+        prepare(dataset, root, tmp_path / "out", allow_incomplete=True)
+    after = _tree(tmp_path)
+    assert [name for name, data in after.items() if data == jpeg("victim")] == [
+        name for name, data in before.items() if data == jpeg("victim")
+    ]
+
+
+def test_only_what_was_unpacked_here_is_moved(small, tmp_path):
+    """A failure in the last step deletes what was made and nothing else; extracted folders keep their images."""
+    small("food101", tmp_path)
+    unpack(tmp_path / "food-101.tar.gz", tmp_path / "elsewhere")
+    (tmp_path / "food-101").symlink_to(tmp_path / "elsewhere" / "food-101")  # the base itself may be a link
+    before = _tree(tmp_path / "elsewhere")
+    prepare("food101", tmp_path)
+    assert _tree(tmp_path / "elsewhere") == before
+    source = Source(tmp_path, tmp_path / "scratch", "home")
+    (tmp_path / "scratch" / "0").mkdir(parents=True)
+    (tmp_path / "scratch" / "0" / "own.jpg").touch()
+    (tmp_path / "scratch" / "0" / "link.jpg").symlink_to(tmp_path / "food-101.tar.gz")
+    assert source.is_scratch(tmp_path / "scratch" / "0" / "own.jpg")
+    assert not source.is_scratch(tmp_path / "scratch" / "0" / "link.jpg")
+    assert not source.is_scratch(tmp_path / "scratch" / ".." / "food-101.tar.gz")
+
+
+def test_an_image_of_both_parts_is_refused(small, tmp_path):
+    small("food101", tmp_path)
+    unpack(tmp_path / "food-101.tar.gz", tmp_path)
+    with open(tmp_path / "food-101/meta/test.txt", "a") as file:
+        file.write("\napple_pie/1\n")
+    with pytest.raises(DiffFitError, match=r"is listed twice, as train/apple_pie/1\.jpg and as test/apple_pie/1\.jpg"):
+        prepare("food101", tmp_path, allow_incomplete=True)
+
+
+def test_a_link_in_an_extracted_folder_gives_the_file_it_leads_to(small, tmp_path):
+    small("food101", tmp_path)
+    unpack(tmp_path / "food-101.tar.gz", tmp_path)
+    image = next((tmp_path / "food-101/images/apple_pie").iterdir())
+    stored = image.rename(tmp_path / "food-101/images/stored")
+    image.symlink_to("../stored")
+    out, _ = prepare("food101", tmp_path)
+    placed = next(path for path in out.rglob(image.name) if path.parent.name == "apple_pie")
+    assert not placed.is_symlink() and placed.read_bytes() == stored.read_bytes()
+    assert placed.relative_to(out).as_posix() in (out / "files.sha256").read_text()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_in_the_way_of_the_partial_folder_stays(kind, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/.difffit-prepare").touch()
+    partial = tmp_path / "out.partial"
+    partial.symlink_to("elsewhere") if kind == "link" else partial.write_text("mine")
+    before = _tree(tmp_path)
+    with pytest.raises(DiffFitError, match="is in the way"):
+        prepare("food101", tmp_path, tmp_path / "out")
+    assert _tree(tmp_path) == before
+
+
+def test_a_name_in_a_zip_that_is_no_text_is_said(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as bundle:
+        bundle.writestr("é.txt", b"x")
+    data = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(data.replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(DiffFitError, match="damaged"):
+        unpack(tmp_path / "x.zip", tmp_path / "target")
+
+
+def test_a_class_number_of_zero_is_not_the_last_class(small, tmp_path):
+    io = pytest.importorskip("scipy.io")
+    small("flowers102", tmp_path)
+    io.savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[0, 102, 1, 102, 1, 102]], np.uint8)})
+    with pytest.raises(DiffFitError, match="not those of Oxford Flowers"):
+        prepare("flowers102", tmp_path, allow_incomplete=True)
+
+
 def test_names_are_safe():
     assert safe_name("apple_pie") == "apple_pie"
     assert safe_name("001.Black_footed_Albatross") == "001.Black_footed_Albatross"
@@ -382,3 +515,32 @@ def test_the_command(small, tmp_path, capsys):
     ):
         with pytest.raises(DiffFitError, match=message):
             run(*words)
+
+
+def test_what_systems_leave_is_no_class(small, tmp_path, capsys):
+    small("artbench10", tmp_path / "r")
+    (packed,) = (tmp_path / "r").iterdir()
+    unpack(packed, tmp_path / "r")
+    packed.unlink()
+    train = next((tmp_path / "r").rglob("train"))
+    for name in ("@eaDir", "ukiyo_e/@eaDir"):
+        (train / name).mkdir()
+        (train / name / "x.jpg").write_bytes(jpeg(name))
+    (train / "ukiyo_e" / "notes.txt").touch()
+    out, info = prepare("artbench10", tmp_path / "r", tmp_path / "out")
+    assert info["complete"] and (info["classes"], info["train"], info["test"]) == (2, 6, 2)
+    assert info["left_out"] == [
+        "train: left out: 2 files and folders of the system (the first: @eaDir); "
+        "1 files without an image's name ending (the first: ukiyo_e/notes.txt)"
+    ]
+    words = argparse.Namespace(
+        list=False,
+        name="artbench10",
+        root=str(tmp_path / "r"),
+        out=str(out),
+        split=None,
+        allow_incomplete=False,
+        copy=False,
+    )
+    assert cli.run(words) == 0
+    assert "left out: 2 files and folders of the system" in capsys.readouterr().err

@@ -12,7 +12,11 @@ import pytest
 import torch
 from training import SETTINGS, Process, digits, flags
 
-from difffit_fast.train import Trainer
+from difffit_fast.data.extract import ExtractConfig, Extraction
+from difffit_fast.errors import DiffFitError
+from difffit_fast.models.header import read_header
+from difffit_fast.train import TrainConfig, Trainer
+from difffit_fast.train.source import open_source
 from difffit_fast.train.track import read_metrics
 
 STEPS = 12
@@ -105,3 +109,44 @@ def test_killed_at_any_write(images: Path, uninterrupted: Path, tmp_path: Path) 
 def test_another_number_of_workers_changes_nothing(images: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run(images, tmp_path, max_steps=5)
     assert_same_bytes(run(images, tmp_path, num_workers=2, ckpt_every=4), uninterrupted)
+
+
+def test_a_run_goes_on_with_its_own_classes_only(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    for source, name in zip(sorted(images.iterdir()), ("1", "2", "10"), strict=True):
+        (numbers / name).symlink_to(source)
+    monkeypatch.setattr("difffit_fast.data.listing.class_order", sorted)  # as before numbers went by value
+    folder = run(numbers, tmp_path / "runs", max_steps=3)
+    delta = folder / "checkpoints" / "0000003.safetensors"
+    assert read_header(delta)["class_names"] == ["1", "10", "2"]  # what samples are labelled by
+    monkeypatch.undo()
+    before = delta.read_bytes()
+    with pytest.raises(DiffFitError, match="the same classes in another order; class 1 was '10' and is '2' now"):
+        run(numbers, tmp_path / "runs", max_steps=6)
+    assert delta.read_bytes() == before
+    (numbers / "2").rename(numbers / "3")
+    with pytest.raises(DiffFitError, match="other classes; class 1 was '10' and is '3' now"):
+        run(numbers, tmp_path / "runs", max_steps=6)
+
+
+def test_validation_follows_the_recorded_order_of_the_training_data(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    for source, name in zip(sorted(images.iterdir()), ("1", "2", "10"), strict=True):
+        (numbers / name).symlink_to(source)
+    (numbers / "notes.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("difffit_fast.data.listing.class_order", sorted)
+        extraction = Extraction(ExtractConfig(str(numbers), str(tmp_path / "f"), image_size=16, vae="none"))
+        extraction.run()
+        extraction.finish()
+    config = TrainConfig(**{**SETTINGS, "feature_path": str(tmp_path / "f"), "val_path": str(numbers)})
+    source = open_source(config.validate(), torch.device("cpu"), None, None)
+    assert source.data.class_names == source.validation.class_names == ["1", "10", "2"]
+    folder = run(numbers, tmp_path / "runs", max_steps=1)
+    log = (folder / "log.txt").read_text()
+    assert log.count("left out: 1 files without an image's name ending (the first: notes.txt)") == 1
+    assert log.count("class 1 is '2', not '10' as text sorts") == 1

@@ -6,12 +6,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from training import digits
 
 from difffit_fast.cli import main
+from difffit_fast.data import ImageFolder, visit_seed
+from difffit_fast.data.extract import ExtractConfig, Extraction
 from difffit_fast.errors import DiffFitError
 from difffit_fast.train import TrainConfig
 from difffit_fast.train.settings import FRACTION, FROM_ONE, POSITIVE, Bounds, option, settings_of
+from difffit_fast.train.source import open_source
 
 SETTINGS = settings_of(TrainConfig)
 NUMBERS = [name for name, setting in SETTINGS.items() if setting.kind in (int, float)]
@@ -109,3 +114,49 @@ def test_differences_are_those_of_settings_that_steer() -> None:
     config = TrainConfig(lr=0.1, results_dir="a", method="bitfit")
     assert config.differences({"lr": 0.2, "results_dir": "b", "method": "bitfit", "gone": 1}) == {"lr": (0.2, 0.1)}
     assert TrainConfig(vae=None).vae == "none"  # a bare `none` in YAML is text, a null is this
+
+
+# ---------------------------------------------------------------- mirroring
+
+
+def test_flip_as_yaml_and_flags_say_it(tmp_path):
+    for text, expected in (("none", "none"), ("null", "none"), ("horizontal", "horizontal"), ("'none'", "none")):
+        (tmp_path / "c.yaml").write_text(f"flip: {text}\n")
+        assert TrainConfig.load(tmp_path / "c.yaml").flip == expected
+    assert TrainConfig().flip == "horizontal"
+    for text in ("false", "true", "no", "1", "vertical"):
+        (tmp_path / "c.yaml").write_text(f"flip: {text}\n")
+        with pytest.raises(DiffFitError, match="--flip must be one of horizontal, none; got"):
+            TrainConfig.load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("flip", ["none", "horizontal"])
+def test_flip_reaches_images_and_features(tmp_path, cached, flip):
+    images = digits(tmp_path / "digits", classes=2, each=1)
+    where = {"data_path": str(images)}
+    if cached:
+        extraction = Extraction(ExtractConfig(str(images), str(tmp_path / "f"), image_size=16, vae="none"))
+        extraction.run()
+        extraction.finish()
+        where = {"feature_path": str(tmp_path / "f")}
+    config = TrainConfig(vae="none", image_size=16, flip=flip, **where).validate()
+    data = open_source(config, torch.device("cpu"), None, None).data
+    seen = [data.load(0, visit_seed(0, epoch, 0))[0] for epoch in range(40)]
+    assert {torch.equal(x, seen[0]) for x in seen} == ({True} if flip == "none" else {True, False})
+
+
+def test_given_data_that_mirrors_contradicts_flip_none(tmp_path):
+    images = digits(tmp_path, classes=2, each=1)
+    config = TrainConfig(vae="none", image_size=16, flip="none")
+    with pytest.raises(DiffFitError, match="the given data mirrors images, and --flip is none"):
+        open_source(config, torch.device("cpu"), ImageFolder(images, 16), None)
+    assert open_source(config, torch.device("cpu"), ImageFolder(images, 16, flip=False), None).data.flip is False
+
+
+def test_runs_from_before_flip_was_a_setting_mirrored():
+    before = TrainConfig().to_dict()
+    del before["flip"]
+    assert TrainConfig().differences(before) == {}
+    assert TrainConfig(flip="none").differences(before) == {"flip": ("horizontal", "none")}
+    assert TrainConfig.from_dict(before).flip == "horizontal"

@@ -22,16 +22,16 @@ def check_images(path: Path, report: Report, image_size: int) -> None:
     """Every image decoded; sizes, modes, twins and classes."""
     folder = ImageFolder(path, image_size, flip=False)
     report.facts |= {"images": len(folder), "classes": folder.num_classes, "for": f"{image_size} px"}
-    if folder.ignored_files:
-        report.left_out("files without an image's name ending", *[""] * folder.ignored_files)
+    for reason, paths in folder.listing.left_out.items():
+        report.left_out(reason, *paths)
     seen: dict[str, int] = {}
     modes: Counter[str] = Counter()
     whole: Counter[int] = Counter()
     for index in tqdm(range(len(folder)), desc="check", unit="img", leave=False):
         name = folder.files[index]
         try:
-            _look(folder.root / name, name, image_size, modes, report)
             read_pixels(folder.root / name, image_size)
+            _look(folder.root / name, name, image_size, modes, report)
         except (ImageError, DiffFitError) as error:
             report.wrong("images that cannot be read (they are left out)", f"{name}: {error}")
             continue
@@ -47,12 +47,12 @@ def check_images(path: Path, report: Report, image_size: int) -> None:
 
 
 def _look(path: Path, name: str, image_size: int, modes: Counter[str], report: Report) -> None:
-    """What the head of a file tells."""
+    """What the head of a readable file tells, where Pillow reads it as it is."""
     try:
         with Image.open(path) as image:
             (width, height), mode, frames = image.size, image.mode, getattr(image, "n_frames", 1)
-    except Exception as error:  # Pillow's plugins raise many kinds
-        raise ImageError(str(error)) from error
+    except Exception:  # Pillow's plugins raise many kinds
+        return
     modes[mode] += 1
     if min(width, height) < image_size:
         report.suspicious("images smaller than the training size (they are enlarged)", f"{name} ({width} x {height})")

@@ -101,6 +101,8 @@ def _tell(extraction: Extraction) -> None:
 
     cache = LatentCache(out)
     print(f"{out}: {len(cache)} images, {cache.num_classes} classes, {extraction.num_shards} shards ({cache.kind})")
+    for note in extraction.folder.notes:
+        print(note, file=sys.stderr)
     for file, reason in cache.report():
         print(f"left out, unreadable: {file}: {reason}", file=sys.stderr)
     if cache.report():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ..data.prepare import DATASETS, prepare
 from ..errors import DiffFitError
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         f"{out}: {info['title']}, split {info['split']}, {info['classes']} classes, "
         f"{info['train']} training and {info['test']} test images{incomplete}"
     )
+    for note in info.get("left_out", ()):
+        print(note, file=sys.stderr)
     print(f"train with: difffit train --data-path {out / 'train'} --num-classes {info['classes']}")
     return 0
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from ..errors import DiffFitError
 from .base import BadImage, TrainingData, visit_rng, visit_seed
@@ -35,10 +36,12 @@ def open_data(
     image_size: int | None = None,
     *,
     flip: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> TrainingData:
     """The training data at ``path`` (a folder of images by class) or ``feature_path`` (what ``difffit extract`` wrote).
 
     Exactly one of the two. ``image_size`` is needed for images; for features it is checked against theirs when given.
+    ``class_names`` are the order of an image folder's classes where other data records one.
 
     Raises:
         DiffFitError: none or both are given, the size is missing or differs, or the data cannot be opened.
@@ -56,4 +59,4 @@ def open_data(
         return cache
     if image_size is None:
         raise DiffFitError("the image size is needed to read images; give --image-size")
-    return ImageFolder(path, image_size, flip=flip)
+    return ImageFolder(path, image_size, flip=flip, class_names=class_names)

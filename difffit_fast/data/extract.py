@@ -92,8 +92,9 @@ class Extraction:
 
     def __init__(self, config: ExtractConfig) -> None:
         self.config = config
-        self.folder = ImageFolder(config.data_path, config.image_size, flip=False)
         self.out = Path(config.features_path)
+        begun = read_json(self.out / CONFIG_FILE) if (self.out / CONFIG_FILE).is_file() else {}
+        self.folder = ImageFolder(config.data_path, config.image_size, flip=False, class_names=begun.get("class_names"))
         self.vae: LatentSpace | PixelSpace = load_vae(config.vae, config.device, config.precision)
         if config.image_size % self.vae.factor:
             raise DiffFitError(

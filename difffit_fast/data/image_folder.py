@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..errors import DiffFitError
 from .base import BadImage, check_image_size, check_index, visit_rng
+from .listing import NO_IMAGE, list_images
 from .pixels import ImageError, read_pixels, to_signed
 
 logger = logging.getLogger("difffit_fast.data")
 
 
-@lru_cache(maxsize=1)
-def image_suffixes() -> frozenset[str]:
-    """The file name endings (lower case, with dot) of every format the installed Pillow can read."""
-    Image.init()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
-
-
 class ImageFolder:
     """Images in class folders as :class:`~difffit_fast.data.base.TrainingData`.
 
-    Classes are the sub-folders of ``root`` in the order of ``sorted`` (the convention of torchvision, DiT and SiT);
-    each is searched recursively for files with an ending that Pillow reads, hidden files left out. Every visit decodes
-    the file afresh, crops it as ADM does and mirrors it in half of the cases.
+    Classes are the sub-folders of ``root`` that :func:`~difffit_fast.data.listing.list_images` finds, in its order. Every
+    visit decodes the file afresh, crops it as ADM does and mirrors it in half of the cases.
 
     An image that turns out damaged is named once in the log, counted, and its place in the epoch is taken by the next
     readable image of the same class: always the same one, so that epochs keep their length and resumed runs their bits.
@@ -40,6 +32,10 @@ class ImageFolder:
         root: folder with one sub-folder per class.
         image_size: side of the square crop, pixels.
         flip: mirror half of the visits, decided by the visit's seed.
+        class_names: an order of the classes that something records, see :func:`~difffit_fast.data.listing.list_images`.
+
+    Attributes:
+        listing: what was found and what was left out.
 
     Raises:
         DiffFitError: ``root`` is missing or holds no class folder, a class has no image, a folder is unreadable, or
@@ -48,29 +44,47 @@ class ImageFolder:
 
     channels = 3
 
-    def __init__(self, root: str | os.PathLike[str], image_size: int, flip: bool = True) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        image_size: int,
+        flip: bool = True,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         self.root = Path(root)
         self.image_size = self.size = check_image_size(image_size)
         self.flip = bool(flip)
-        self.class_names = _class_folders(self.root)
+        if not self.root.is_dir():
+            raise DiffFitError(f"the data path {root} is not a folder; expected one sub-folder of images per class")
+        self.listing = list_images(self.root, class_names)
+        self.class_names = list(self.listing.classes)
+        if not self.class_names:
+            raise DiffFitError(
+                f"the data path {root} has no sub-folders of images ({len(self.listing.flat)} lie in the folder itself); "
+                "expected one sub-folder of images per class"
+            )
         self.num_classes = len(self.class_names)
         self.files: list[str] = []  # relative to root, with forward slashes, sorted within each class
-        self.ignored_files = 0  # files in class folders without an image's name ending
         labels: list[int] = []
         starts = [0]
         for label, name in enumerate(self.class_names):
-            files, ignored = _images_below(self.root, name)
+            files = self.listing.classes[name]
             if not files:
-                what = f" (its {ignored} files have no image name ending)" if ignored else ""
+                others = sum(path.startswith(f"{name}/") for path in self.listing.left_out.get(NO_IMAGE, ()))
+                what = f" (its {others} files have no image name ending)" if others else ""
                 raise DiffFitError(f"the class folder {self.root / name} holds no image{what}; remove it or fill it")
             self.files += files
-            self.ignored_files += ignored
             labels += [label] * len(files)
             starts.append(len(self.files))
         self.labels = np.array(labels, dtype=np.int64)
         self._starts = starts
         # Shared between the loader's worker processes, so that each bad image is named once and report() sees all.
         self._bad = torch.zeros(len(self.files), dtype=torch.uint8).share_memory_()
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out and why, and the like, a sentence each."""
+        return [f"{self.root}: {note}" for note in self.listing.notes]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,43 +123,3 @@ class ImageFolder:
         except (ImageError, DiffFitError) as error:
             return str(error)
         return "was unreadable when visited, is readable now"
-
-
-def _class_folders(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise DiffFitError(f"the data path {root} is not a folder; expected one sub-folder of images per class")
-    try:
-        with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise DiffFitError(f"the data path {root} cannot be read: {error.strerror or error}") from error
-    if not names:
-        raise DiffFitError(f"the data path {root} has no sub-folders; expected one sub-folder of images per class")
-    return names
-
-
-def _images_below(root: Path, class_name: str) -> tuple[list[str], int]:
-    """Sorted relative paths of the images below one class folder, and the number of other files."""
-
-    def fail(error: OSError) -> None:
-        raise DiffFitError(f"the folder {error.filename} cannot be read: {error.strerror or error}") from error
-
-    suffixes = image_suffixes()
-    found: list[str] = []
-    ignored = 0
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root / class_name, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        if real in seen:  # a symbolic link back into the tree
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if name.startswith("."):
-                continue
-            if os.path.splitext(name)[1].lower() in suffixes:
-                found.append(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"))
-            else:
-                ignored += 1
-    return sorted(found), ignored

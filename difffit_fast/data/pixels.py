@@ -14,13 +14,28 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from ..errors import DiffFitError
 
 # File-system trouble that says nothing about the image: never to be taken for a corrupt file.
-_NOT_THE_IMAGES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+_NOT_THE_IMAGES_FAULT = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
+
+# TIFF tags: bits per sample, what zero means, format of samples.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 258, 262, 339, 2
+_DEEP_FORMATS = {None, "PNG", "PPM", "TIFF", "JPEG2000"}  # gray of more than 8 bits, whose range is known
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # of EXIF's orientation
+_TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
+_STRETCH = 16  # from such a ratio of sides on, what is beside the crop is not resized
 
 
 class ImageError(Exception):
@@ -31,16 +46,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode Pillow decodes as 8-bit RGB.
 
     Gray, palette, CMYK, YCbCr: Pillow's conversion. Alpha: laid over white (dropping it would show whatever colour the
-    transparent pixels happen to hold). 16 bits per channel: the high byte, rounded. Floating point and wider integers
-    have no agreed range and are refused.
+    transparent pixels happen to hold). Up to 16 bits per channel: the high byte, rounded. Floating-point, signed and
+    32-bit pixels have no agreed range and are refused.
+
+    Raises:
+        ImageError: the file does not say what its values mean.
     """
     mode = image.mode
-    if mode.startswith("I;16") or mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ImageError("32-bit integer pixels outside 0..65535 have no agreed range; save it with 8 or 16 bits")
-        gray = ((values * 255 + 32767) // 65535).astype(np.uint8)
-        return Image.fromarray(gray).convert("RGB")
+    if getattr(image, "format", None) == "TIFF" and _SIGNED in _tag(image, _SAMPLE_FORMAT):
+        raise ImageError("signed pixels have no agreed range; save it with 8 or 16 bits without sign")
+    if mode.startswith("I"):
+        return _deep_gray(image).convert("RGB")
     if mode == "F":
         raise ImageError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -52,37 +68,76 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if mode == "RGB" else image.convert("RGB")
 
 
+def _deep_gray(image: Image.Image) -> Image.Image:
+    """Gray of 9 to 16 bits, which Pillow opens in the modes I;16 and, from some formats, I: 8 bits."""
+    kind = getattr(image, "format", None)
+    bits = max(_tag(image, _BITS), default=16) if kind == "TIFF" else 16
+    if bits > 16 or kind not in _DEEP_FORMATS or (image.mode == "I" and kind not in ("PNG", "PPM")):
+        raise ImageError("32-bit integer pixels have no agreed range; save it with 8 or 16 bits")
+    values = np.asarray(image).astype(np.uint32)
+    white = (1 << bits) - 1
+    transparent = values == image.info["transparency"] if isinstance(image.info.get("transparency"), int) else None
+    values *= 255
+    values += white // 2
+    values //= white
+    if kind == "TIFF" and 0 in _tag(image, _PHOTOMETRIC):  # white is zero; of 16 bits Pillow leaves them so
+        values = 255 - values
+    if transparent is not None:
+        values[transparent] = 255
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _tag(image: Image.Image, number: int) -> tuple[int, ...]:
+    value = getattr(image, "tag_v2", {}).get(number, ())
+    return value if isinstance(value, tuple) else (value,)
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop of an image to ``size`` x ``size`` pixels."""
+    """ADM's centre crop of an image to ``size`` x ``size`` pixels.
+
+    Where one side is more than 16 times the other, only the crop is resized, so that memory does not grow with what is cut
+    off: nearly the same pixels (Pillow may take its two passes in the other order, which rounds differently at sharp edges).
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     # At extreme aspect ratios rounding must not shrink the short side below the crop.
     width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
+    if max(width, height) > _STRETCH * size:
+        x, y = image.width / width, image.height / height
+        right, bottom = min(image.width, (left + size) * x), min(image.height, (top + size) * y)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=(left * x, top * y, right, bottom))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
 
-def read_pixels(path: str | os.PathLike[str], image_size: int, content: bytes | None = None) -> np.ndarray:
-    """Decode, turn upright by its EXIF tag, convert to RGB and crop: uint8 ``[image_size, image_size, 3]``.
+def read_pixels(path: str | os.PathLike[str], image_size: int | None, content: bytes | None = None) -> np.ndarray:
+    """Decode the first frame, convert to RGB, turn upright by the EXIF tag and crop: the one reader of image files.
+
+    Returns:
+        uint8 ``[image_size, image_size, 3]``, or ``[H, W, 3]`` as it is where ``image_size`` is None.
 
     Args:
         content: the bytes of the file, where they have been read already.
 
     Raises:
-        ImageError: the file is not an image that can be used (damaged, cut short, unknown format, no agreed range).
+        ImageError: the file is not an image that can be used (damaged, cut short, unknown format, no agreed range, larger
+            than Pillow's limit or than memory).
         DiffFitError: the file system failed (too many open files, input/output error): not the image's fault.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(center_crop(to_rgb(upright), image_size))
+        try:
+            return _read(path if content is None else io.BytesIO(content), image_size)
+        except ValueError:  # of Pillow's limits on text, which says nothing about the pixels
+            png = _without_text(path, content)
+            if png is None:
+                raise
+            return _read(io.BytesIO(png), image_size)
     except ImageError:
         raise
     except MemoryError as error:
-        raise DiffFitError(f"out of memory while decoding {os.fspath(path)}") from error
+        raise ImageError("there is not enough memory to decode it") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, and more
         if isinstance(error, OSError) and error.errno in _NOT_THE_IMAGES_FAULT:
             raise DiffFitError(f"cannot read {os.fspath(path)}: {error}") from error
@@ -90,6 +145,41 @@ def read_pixels(path: str | os.PathLike[str], image_size: int, content: bytes | 
         reason = str(error).replace(f" {os.fspath(path)!r}", "")
         reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason).strip() or type(error).__name__
         raise ImageError(reason) from error
+
+
+def _read(source: str | os.PathLike[str] | io.BytesIO, image_size: int | None) -> np.ndarray:
+    with Image.open(source) as image:
+        image.load()
+        upright = to_rgb(image)
+        turn = _TURNS.get(_orientation(image))
+        if turn is not None:
+            upright = upright.transpose(turn)
+        return np.asarray(upright if image_size is None else center_crop(upright, image_size))
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF raises many kinds; the pixels are as they are
+        return None
+
+
+def _without_text(path: str | os.PathLike[str], content: bytes | None) -> bytes | None:
+    """A PNG without its chunks of text and its colour profile, which are not used; None if there are none, or no PNG."""
+    if content is None:
+        with open(path, "rb") as file:
+            content = file.read()
+    data = memoryview(content)
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        return None
+    kept, start = [data[:8]], 8
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if bytes(data[start + 4 : start + 8]) not in _TEXT_CHUNKS:
+            kept.append(data[start:end])
+        start = end
+    stripped = b"".join(kept)
+    return stripped if len(stripped) < len(data) else None
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:

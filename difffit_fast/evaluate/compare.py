@@ -90,6 +90,7 @@ class Evaluator:
         names = _metric_names(metrics, features)
         self.extractor = get_extractor(features, device=self.device, **extractor_options)
         self.batch_size, self.image_size, self.progress = batch_size, image_size, progress
+        self._given: ImageSource | None = None  # the images of the reference, where there are any
         self.reference = self._reference(reference, names, cache)
         if metrics == "all":
             names = [name for name in names if not self._lacking(name)]
@@ -119,7 +120,8 @@ class Evaluator:
                 result["precision"], result["recall"] = precision_recall(
                     taken.features.to(self.device), reference.features.to(self.device), _K
                 )
-        notes = self._notes(taken)
+        given = self._given.notes if self._given is not None else []
+        notes = list(dict.fromkeys([*source.notes, *given, *self._notes(taken)]))
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return {
@@ -140,6 +142,10 @@ class Evaluator:
                         f"{count} {what} for {D} features: their covariance is singular and the distance biased upwards; "
                         "compare it only with distances from as many images"
                     )
+        if self._given is not None and self.reference.count < len(self._given):
+            notes.append(
+                f"the reference is of {self.reference.count} of its {len(self._given)} images, those that can be read"
+            )
         if taken.size and self.reference.size and taken.size != self.reference.size:
             a, b = ("x".join(map(str, size)) for size in (taken.size, self.reference.size))
             notes.append(f"samples are {a}, the reference {b} pixels: part of the distance is that of the sizes")
@@ -173,7 +179,7 @@ class Evaluator:
             return reference
         if isinstance(reference, str | os.PathLike) and is_statistics(Path(reference)):
             return self._from_file(Path(reference), metrics)
-        source = open_images(reference, self.image_size)
+        source = self._given = open_images(reference, self.image_size)
         if cache is None:
             return self._collect(source, metrics, "reference")
         cache = Path(cache)

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from .._files import stamp
-from ..data.image_folder import image_suffixes
-from ..data.pixels import ImageError, read_pixels, to_rgb
+from ..data.listing import list_images
+from ..data.pixels import ImageError, read_pixels
 from ..errors import DiffFitError
 
 __all__ = ["ArraySource", "FolderSource", "ImageSource", "NpzSource", "open_images"]
@@ -29,10 +28,12 @@ class ImageSource(Protocol):
     Attributes:
         name: for messages.
         fingerprint: changes when the images do, as far as names, sizes and times of files tell; None: never cached.
+        notes: what was left out, and why; of unreadable images when they have been read.
     """
 
     name: str
     fingerprint: str | None
+    notes: list[str]
 
     def __len__(self) -> int: ...
 
@@ -45,8 +46,9 @@ def open_images(images: Any, image_size: int | None = None, num_images: int | No
     """A source over ``images``: a folder, a ``.npz`` file, or a tensor or array of images.
 
     Args:
-        images: a folder is searched recursively for every format Pillow reads; a ``.npz`` file holds ``arr_0``, uint8
-            [N, H, W, 3]; a tensor is [N, C, H, W], uint8 or float in [-1, 1]; an array is uint8 [N, H, W, C]. C 1 or 3.
+        images: a folder is searched as :func:`~difffit_fast.data.listing.list_images` says, by class or flat; a ``.npz`` file
+            holds ``arr_0``, uint8 [N, H, W, 3]; a tensor is [N, C, H, W], uint8 or float in [-1, 1]; an array is uint8
+            [N, H, W, C]. C 1 or 3.
         image_size: crop the images of a folder to this square, as ADM crops its training data. None: as they are.
         num_images: take the first so many only.
     """
@@ -70,18 +72,16 @@ def open_images(images: Any, image_size: int | None = None, num_images: int | No
 
 
 class FolderSource:
-    """All images under a folder, in the order of their relative paths."""
+    """All images under a folder, in the order of their relative paths; unreadable ones are left out, named in ``notes``."""
 
     def __init__(self, root: Path, image_size: int | None = None, num_images: int | None = None) -> None:
         if image_size is not None and image_size < 1:
             raise DiffFitError(f"image_size must be at least 1; got {image_size}")
         self.name, self.root, self.image_size = str(root), root, image_size
-        found = []
-        for folder, folders, files in os.walk(root):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            base = Path(folder)
-            found += [base / f for f in files if not f.startswith(".") and Path(f).suffix.lower() in image_suffixes()]
-        self.files = sorted(found, key=lambda file: file.relative_to(root).as_posix())[:num_images]
+        listing = list_images(root)
+        found = sorted([*listing.flat, *(name for names in listing.classes.values() for name in names)])
+        self.notes = [f"{root}: {note}" for note in listing.notes]
+        self.files = [root / name for name in found[:num_images]]
         if not self.files:
             raise DiffFitError(f"the folder {root} holds no images")
         digest = hashlib.sha256(f"{image_size}".encode())
@@ -93,6 +93,7 @@ class FolderSource:
         return len(self.files)
 
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        bad: list[ImageError] = []
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             chunks = [self.files[i : i + batch_size] for i in range(0, len(self.files), batch_size)]
             ahead = [pool.submit(self._read, file) for file in chunks[0]]
@@ -100,18 +101,20 @@ class FolderSource:
                 current, ahead = ahead, []
                 if number + 1 < len(chunks):  # decoded while the network works on the current ones
                     ahead = [pool.submit(self._read, file) for file in chunks[number + 1]]
-                yield [torch.from_numpy(future.result()).permute(2, 0, 1) for future in current]
+                pixels = [future.result() for future in current]
+                bad += [found for found in pixels if isinstance(found, ImageError)]
+                if good := [
+                    torch.from_numpy(found).permute(2, 0, 1) for found in pixels if isinstance(found, np.ndarray)
+                ]:
+                    yield good
+        if bad:
+            self.notes.append(f"{self.root}: left out {len(bad)} unreadable images (the first: {bad[0]})")
 
-    def _read(self, file: Path) -> np.ndarray:
+    def _read(self, file: Path) -> np.ndarray | ImageError:
         try:
-            if self.image_size is not None:
-                return read_pixels(file, self.image_size).copy()
-            with Image.open(file) as image:
-                image.load()
-                return np.array(to_rgb(ImageOps.exif_transpose(image)))
-        except (ImageError, OSError, ValueError, SyntaxError) as error:
-            # A number that silently leaves images out is not the number of this folder.
-            raise DiffFitError(f"the image {file} cannot be read: {error}") from error
+            return read_pixels(file, self.image_size).copy()
+        except ImageError as error:
+            return ImageError(f"{file.relative_to(self.root).as_posix()}: {error}")
 
 
 class NpzSource:
@@ -133,6 +136,7 @@ class NpzSource:
             raise DiffFitError(f"arr_0 of {path} is empty: {list(shape)}")
         self.shape = shape
         self.count = shape[0] if num_images is None else min(shape[0], num_images)
+        self.notes: list[str] = []
         self.fingerprint: str | None = hashlib.sha256(_line(path.name, *stamp(path.stat()), self.count)).hexdigest()
 
     def __len__(self) -> int:
@@ -162,6 +166,7 @@ class ArraySource:
 
     def __init__(self, images: Tensor | np.ndarray, num_images: int | None = None) -> None:
         self.name = "the given images"
+        self.notes: list[str] = []
         x = images
         if isinstance(x, np.ndarray):
             if x.dtype != np.uint8 or x.ndim != 4:

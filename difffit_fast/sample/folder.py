@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from .._files import replacing, sweep, write_text
 from .._processes import World
+from ..data.pixels import ImageError, read_pixels
 from ..errors import DiffFitError
 from .images import is_whole_png, save_png, to_uint8
 from .sampler import Sampler, resolve_labels
@@ -160,7 +160,6 @@ def write_npz(files: Iterable[str | os.PathLike[str]], path: str | os.PathLike[s
 
 def _read_rgb(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+        return read_pixels(path, None)
+    except ImageError as error:
         raise DiffFitError(f"cannot read the image {path}: {error}") from error

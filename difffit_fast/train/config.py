@@ -52,6 +52,9 @@ class TrainConfig:
     vae: str = _data(
         "ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels",
         steers=True, part_of_model=True, null="none")
+    flip: str = _data(
+        "horizontal", "mirror half of the visits of images: horizontal; none where left and right are not alike (letters)",
+        steers=True, choices=("horizontal", "none"), null="none", unrecorded="horizontal")
     num_classes: int | None = _data(
         None, "classes of the model (default: those of the data)", steers=True, bounds=FROM_ONE, part_of_model=True)
     val_path: str | None = _data(
@@ -217,7 +220,14 @@ class TrainConfig:
         write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """The settings that steer training and are others in ``other``, as (theirs, ours); none that is missing there."""
+        """The settings that steer training and are others in ``other``, as (theirs, ours).
+
+        One that is missing there, from before it was a setting, counts as what it was then, where that is declared.
+        """
         mine = self.to_dict()
-        steering = [name for name, setting in settings_of(type(self)).items() if setting.steers and name in other]
-        return {name: (other[name], mine[name]) for name in steering if other[name] != mine[name]}
+        theirs = {
+            name: other.get(name, setting.unrecorded)
+            for name, setting in settings_of(type(self)).items()
+            if setting.steers and (name in other or setting.unrecorded is not None)
+        }
+        return {name: (value, mine[name]) for name, value in theirs.items() if value != mine[name]}

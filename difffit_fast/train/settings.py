@@ -53,6 +53,7 @@ class Setting:
         rival: the setting that cannot be given together with this one.
         part_of_model: whether the tensors of a checkpoint mean something else without it.
         null: what a null in a file stands for, where None is not a value.
+        unrecorded: what runs did that were written before this was a setting; None where nothing is known.
         name, kind, optional, default: the field's own; ``optional`` where it may be None.
     """
 
@@ -64,6 +65,7 @@ class Setting:
     rival: str | None = None
     part_of_model: bool = False
     null: Any = None
+    unrecorded: Any = None
     name: str = ""
     kind: type = str
     optional: bool = False
@@ -94,7 +96,8 @@ class Setting:
             return os.fspath(value)
         if isinstance(value, self.kind) and not (self.kind is int and isinstance(value, bool)):
             return dict(value) if self.kind is dict else value
-        raise DiffFitError(f"{flag(self.name)} must be {_KINDS[self.kind]}; got {_shown(value)}")
+        expected = f"one of {', '.join(self.choices)}" if self.choices else _KINDS[self.kind]
+        raise DiffFitError(f"{flag(self.name)} must be {expected}; got {_shown(value)}")
 
     def check(self, value: Any) -> None:
         """Compare a value of the right type with choices and bounds.

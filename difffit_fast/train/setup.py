@@ -98,8 +98,13 @@ def assemble(
         forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
         space=source.decoder, class_names=names,
         total_steps=effective.max_steps, num_workers=workers, captured=captured,
-        notes=[note for note in (slow, how, classes, few) if note],
+        notes=[note for note in (slow, how, classes, few, *_told(source)) if note],
     )  # fmt: skip
+
+
+def _told(source: Source) -> list[str]:
+    """What the data says of itself: images that were left out, and the like."""
+    return [note for data in (source.data, source.validation) for note in getattr(data, "notes", ())]
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------

@@ -48,9 +48,11 @@ def open_source(
     """
     if data is None:
         size = config.image_size if config.feature_path or config.image_size else 256
-        data = open_data(config.data_path, config.feature_path, size)
+        data = open_data(config.data_path, config.feature_path, size, flip=config.flip == "horizontal")
     elif config.data_path or config.feature_path:
         raise DiffFitError("give the data itself or a path to it, not both")
+    elif config.flip == "none" and getattr(data, "flip", False):
+        raise DiffFitError("the given data mirrors images, and --flip is none; make it with flip=False")
     if validation is None and config.val_path is not None:
         validation = _open_validation(config.val_path, data)
 
@@ -94,7 +96,7 @@ def count_classes(config: TrainConfig, model: nn.Module | None, data: TrainingDa
 def _open_validation(path: str, data: TrainingData) -> TrainingData:
     cached = (Path(path) / INDEX_FILE).is_file()
     where = {"feature_path": path} if cached else {"path": path}
-    other = open_data(image_size=data.image_size, flip=False, **where)
+    other = open_data(image_size=data.image_size, flip=False, class_names=data.class_names, **where)
     if list(other.class_names) != list(data.class_names):
         odd = sorted(set(other.class_names) ^ set(data.class_names)) or ["their order"]
         raise DiffFitError(f"--val-path {path} has other classes than the training data: {odd[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,8 +61,8 @@ class RunState:
 
     def _take(self, checkpoint: Checkpoint) -> Progress:
         info = checkpoint.info
-        self._compare_base(checkpoint.delta)
         self._compare_classes(checkpoint.delta)
+        self._compare_base(checkpoint.delta)
         unpack(checkpoint.tensors(), self.parts.parameters, self.ema, self.optimizer, info["updates"])
         generators = info["generators"]
         if len(generators) == self.world.size:
@@ -86,11 +87,13 @@ class RunState:
         header, ours = read_header(delta), self.parts.class_names
         theirs = header.get("class_names")
         if theirs is not None and theirs != ours:
-            odd = next(
-                (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
+            pairs = zip_longest(theirs, ours, fillvalue="nothing")
+            label, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            order = "the same classes in another order" if sorted(theirs) == sorted(ours) else "other classes"
+            raise DiffFitError(
+                f"cannot resume {delta}: the data has {order}; class {label} was {a!r} and is {b!r} now. "
+                "A new run can begin from that file (--ckpt)"
             )
-            names = [repr(part[odd]) if odd < len(part) else "missing" for part in (theirs, ours)]
-            raise DiffFitError(f"cannot resume {delta}: its class {odd} is {names[0]}, that of the data is {names[1]}")
         if hasattr(self.parts.model, "save_delta") and header.get("class_rows") != untrained_rows(self.parts.model):
             raise DiffFitError(
                 f"cannot resume {delta}: it was trained with other rows of the base's class table (--classes)"

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..._words import nearest
 from ...errors import DiffFitError
+from ..listing import class_order
 from . import layout
 from .archives import Source
 from .datasets import DATASETS, Dataset, Split
@@ -87,7 +88,8 @@ def prepare(
             "train": train,
             "test": test,
             "complete": (classes, train, test) == dataset.splits[split].totals,
-            "class_names": sorted({item.class_name for item in items}),
+            "class_names": class_order({item.class_name for item in items}),
+            "left_out": source.notes,
         }
         layout.finish(partial, out, info)
     except OSError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import lzma
 import os
 import shutil
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -14,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from ...errors import DiffFitError
+from ..listing import SYSTEM_NAMES, Listing
 from .layout import INFO, MARKER
 
 _DAMAGED = (
@@ -24,6 +27,7 @@ _DAMAGED = (
     lzma.LZMAError,
     NotImplementedError,
     RuntimeError,
+    UnicodeError,
 )
 
 
@@ -38,6 +42,7 @@ class Source:
 
     def __init__(self, root: Path, scratch: Path, home: str) -> None:
         self.root, self.scratch, self.home = root, scratch, home
+        self.notes: list[str] = []  # what readers left out of the folders they listed
         self._unpacked: dict[Path, Path] = {}
 
     def find(self, marker: str, archives: tuple[str, ...] = ()) -> Path:
@@ -71,9 +76,14 @@ class Source:
                         return self.look(marker, archives)  # the archive may hold an archive
         return None
 
+    def listed(self, listing: Listing) -> dict[str, list[str]]:
+        """The classes of ``listing``; what it left out is noted."""
+        self.notes += [f"{listing.root.name}: {note}" for note in listing.notes]
+        return listing.classes
+
     def is_scratch(self, path: Path) -> bool:
         """Whether ``path`` was unpacked here, so that it may be moved rather than linked."""
-        return self.scratch in path.parents
+        return not path.is_symlink() and Path(os.path.realpath(self.scratch)) in Path(os.path.realpath(path)).parents
 
 
 def _search(base: Path, marker: str) -> Path | None:
@@ -81,7 +91,7 @@ def _search(base: Path, marker: str) -> Path | None:
         return base.parent
     depth = marker.count("/")
     for prefix in ("", "*/", "*/*/"):
-        for hit in sorted(base.glob(prefix + marker)):
+        for hit in sorted(base.glob(prefix + glob.escape(marker))):
             found = hit.parents[depth]
             if not any(
                 (folder / name).exists() for folder in (found, *_between(base, found)) for name in (INFO, MARKER)
@@ -104,7 +114,7 @@ def unpack(archive: Path, target: Path) -> None:
     """Unpack the regular files of a tar (any compression) or zip archive below ``target``.
 
     A member that would land elsewhere (absolute, or with ``..``) is refused. Links and devices are not made, so no
-    later member can be written through one; the resource forks that macOS adds are left out.
+    later member can be written through one; what a system added (:data:`SYSTEM_NAMES`, the forks of macOS) is left out.
 
     Raises:
         DiffFitError: the archive is damaged, cut short, no archive, or holds a refused name.
@@ -115,7 +125,8 @@ def unpack(archive: Path, target: Path) -> None:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as bundle:
                 for info in tqdm(bundle.infolist(), desc=f"unpack {archive.name}", unit="file"):
-                    if not info.is_dir() and (destination := _inside(target, info.filename, archive)):
+                    link = stat.S_ISLNK(info.external_attr >> 16)
+                    if not info.is_dir() and not link and (destination := _inside(target, info.filename, archive)):
                         with bundle.open(info) as member, open(destination, "wb") as out:
                             shutil.copyfileobj(member, out, 1 << 20)
             return
@@ -142,9 +153,11 @@ def unpack(archive: Path, target: Path) -> None:
 def _inside(target: Path, name: str, archive: Path) -> Path | None:
     """Where the member ``name`` goes, its folder made; ``None`` to leave it out."""
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if not path.parts:  # the folder itself
+        return None
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in name:
         raise DiffFitError(f"the archive {archive} holds the unsafe path {name!r}; it was not unpacked any further")
-    if path.name.startswith("._") or "__MACOSX" in path.parts:
+    if path.name.startswith("._") or any(part.casefold() in SYSTEM_NAMES for part in path.parts):
         return None
     destination = target / path
     os.makedirs(destination.parent, exist_ok=True)

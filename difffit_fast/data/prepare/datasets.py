@@ -9,17 +9,17 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..._extras import require
 from ...errors import DiffFitError
-from ..image_folder import image_suffixes
+from ..listing import list_images
 from .archives import Source
 from .flowers import FLOWER_NAMES
-from .layout import Item, safe_name
+from .layout import Item, inside
 
 
 class Split(NamedTuple):
@@ -46,18 +46,11 @@ def _lines(path: Path) -> list[str]:
         raise DiffFitError(f"the list {path} cannot be read: {error}") from error
 
 
-def _item(part: str, class_name: str, source: Path) -> Item:
-    return Item(part, safe_name(class_name), source, source.name)
-
-
-def _images_in(folder: Path) -> list[Path]:
-    suffixes = image_suffixes()
-    files = (path for path in folder.iterdir() if path.is_file())
-    return sorted(path for path in files if path.suffix.lower() in suffixes and not path.name.startswith("."))
-
-
-def _folders_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+def _nth(values: Sequence[Any], number: int) -> Any:
+    """``values`` counted from 1, as MATLAB counts: 0 is not the last of them."""
+    if number < 1:
+        raise IndexError(f"number {number} where they begin at 1")
+    return values[number - 1]
 
 
 def _mat(path: Path) -> dict[str, Any]:
@@ -75,7 +68,7 @@ def _mat(path: Path) -> dict[str, Any]:
 def _food101(source: Source, split: str) -> list[Item]:
     base = source.find("meta/train.txt", ("food-101.tar.gz", "food-101*.t*", "food*101*.zip"))
     return [
-        _item(part, line.split("/")[0], base / "images" / f"{line}.jpg")
+        Item.of(part, line.split("/")[0], base / "images", f"{line}.jpg")
         for part in ("train", "test")
         for line in _lines(base / "meta" / f"{part}.txt")
     ]
@@ -92,11 +85,12 @@ def _sun_class(path: str) -> str:
 def _sun397(source: Source, split: str) -> list[Item]:
     base = source.find("a/abbey", ("SUN397.tar.gz", "SUN397*.t*", "SUN397*.zip"))
     if split == "all":
-        folders = sorted({path.parent for path in base.glob("?/**/*.jpg") if not path.name.startswith(".")})
+        letters = source.listed(list_images(base))
         return [
-            _item("train", _sun_class(folder.relative_to(base).as_posix()), path)
-            for folder in folders
-            for path in _images_in(folder)
+            Item.of("train", _sun_class(path.rpartition("/")[0]), base, path)
+            for letter, paths in letters.items()
+            for path in paths
+            if len(letter) == 1
         ]
     number = split.removeprefix("partition-")
     try:
@@ -104,7 +98,7 @@ def _sun397(source: Source, split: str) -> list[Item]:
     except DiffFitError as error:
         raise DiffFitError(f"{error}; or pass --split all, which needs no partition lists") from None
     return [
-        _item(part, _sun_class(line.rpartition("/")[0]), base / line.strip("/"))
+        Item.of(part, _sun_class(line.rpartition("/")[0]), base, line.strip("/"))
         for part, name in (("train", "Training"), ("test", "Testing"))
         for line in _lines(lists / f"{name}_{number}.txt")
     ]
@@ -123,7 +117,7 @@ def _df20m(source: Source, split: str) -> list[Item]:
     ]
     if not rows:
         raise DiffFitError(f"the tables in {lists} list no image")
-    first = Path(rows[0][1]["image_path"]).name
+    first = inside(lists, Path(rows[0][1]["image_path"]).name).name
     images = source.find(first, ("DF20M-images.tar.gz", "DF20M-images*", "DF20M_300*", "DF20M*.t*", "DF20M*.zip"))
     # A class is its id. Its name is the species most of its rows give; a few rows are determined less precisely.
     names: dict[int, Counter[str]] = {}
@@ -133,20 +127,20 @@ def _df20m(source: Source, split: str) -> list[Item]:
     best = {key: votes.most_common(1)[0][0] if votes else f"class_{key:03d}" for key, votes in names.items()}
     twice = {name for name, count in Counter(best.values()).items() if count > 1}
     best = {key: f"{name} {key:03d}" if name in twice else name for key, name in best.items()}
-    return [_item(part, best[_class_id(row)], images / Path(row["image_path"]).name) for part, row in rows]
+    return [Item.of(part, best[_class_id(row)], images, Path(row["image_path"]).name) for part, row in rows]
 
 
 def _class_id(row: dict[str, str]) -> int:
     try:
         return int(float(row["class_id"]))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DiffFitError(f"class_id should be a number, got {row['class_id']!r} for {row['image_path']}") from error
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restval="")
             absent = [column for column in columns if column not in (reader.fieldnames or ())]
             if absent:
                 raise DiffFitError(f"the table {path} has no column {absent[0]}")
@@ -159,20 +153,17 @@ def _table(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
 
 def _caltech101(source: Source, split: str) -> list[Item]:
-    base = source.find(
-        "101_ObjectCategories",
-        ("101_ObjectCategories.tar.gz", "101_ObjectCategories*", "caltech-101.zip", "caltech*101*"),
-    )
+    name = "101_ObjectCategories"
+    base = source.find(name, (f"{name}.tar.gz", f"{name}*", "caltech-101.zip", "caltech*101*")) / name
     items: list[Item] = []
-    for folder in _folders_in(base / "101_ObjectCategories"):
-        if folder.name == "BACKGROUND_Google":  # clutter, not a class: kept in, it shifts every label by one
+    for folder, images in source.listed(list_images(base)).items():
+        if folder == "BACKGROUND_Google":  # clutter, not a class: kept in, it shifts every label by one
             continue
-        images = _images_in(folder)
         chosen = set(images)
         if split == "30-per-class":
             # Drawn per class by name, so that it depends neither on the machine nor on the other classes.
-            chosen = set(random.Random(folder.name).sample(images, min(30, len(images))))
-        items += [_item("train" if path in chosen else "test", folder.name, path) for path in images]
+            chosen = set(random.Random(folder).sample(images, min(30, len(images))))
+        items += [Item.of("train" if path in chosen else "test", folder, base, path) for path in images]
     return items
 
 
@@ -181,12 +172,12 @@ def _caltech101(source: Source, split: str) -> list[Item]:
 
 def _cub200(source: Source, split: str) -> list[Item]:
     base = source.find("train_test_split.txt", ("CUB_200_2011.tgz", "CUB_200_2011*", "CUB*200*"))
-    pairs = [line.split() for line in _lines(base / "images.txt")]
-    training = dict(line.split() for line in _lines(base / "train_test_split.txt"))
+    lines = [line.split() for line in _lines(base / "images.txt")]
     try:
+        training = dict(line.split() for line in _lines(base / "train_test_split.txt"))
         return [
-            _item("train" if training[number] == "1" else "test", path.split("/")[0], base / "images" / path)
-            for number, path in pairs
+            Item.of("train" if training[number] == "1" else "test", path.split("/")[0], base / "images", path)
+            for number, path in lines
         ]
     except (KeyError, ValueError) as error:
         raise DiffFitError(f"images.txt and train_test_split.txt in {base} do not belong together: {error}") from error
@@ -200,11 +191,11 @@ def _artbench10(source: Source, split: str) -> list[Item]:
         "train/art_nouveau", ("artbench-10-imagefolder-split.tar", "artbench-10-imagefolder-split*", "artbench*split*")
     )
     return [
-        _item(part, folder.name, path)
+        Item.of(part, folder, base / part, path)
         for part in ("train", "test")
         if (base / part).is_dir()
-        for folder in _folders_in(base / part)
-        for path in _images_in(folder)
+        for folder, paths in source.listed(list_images(base / part)).items()
+        for path in paths
     ]
 
 
@@ -229,14 +220,11 @@ def _flowers102(source: Source, split: str) -> list[Item]:
             for number in ids[key].reshape(-1).tolist()
         ]
         return [
-            _item(
-                part,
-                f"{by_image[number - 1]:03d}.{FLOWER_NAMES[by_image[number - 1] - 1]}",
-                base / "jpg" / f"image_{number:05d}.jpg",
-            )
+            Item.of(part, f"{label:03d}.{_nth(FLOWER_NAMES, label)}", base / "jpg", f"image_{number:05d}.jpg")
             for part, number in chosen
+            for label in [_nth(by_image, number)]
         ]
-    except (KeyError, IndexError, AttributeError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise DiffFitError(f"imagelabels.mat and setid.mat are not those of Oxford Flowers-102: {error!r}") from error
 
 
@@ -252,7 +240,7 @@ def _cars(source: Source, split: str) -> list[Item]:
             names = table["class_names"].reshape(-1).tolist()
             base = source.find("car_ims", ("car_ims.tgz", "car_ims*"))
             rows = [
-                (("train", "test")[int(row["test"])], int(row["class"]), base / str(row["relative_im_path"]))
+                (("train", "test")[int(row["test"])], int(row["class"]), base, str(row["relative_im_path"]))
                 for row in table["annotations"].reshape(-1)
             ]
         else:
@@ -265,11 +253,13 @@ def _cars(source: Source, split: str) -> list[Item]:
                 table = _mat(source.find(file) / file)  # the devkit's own cars_test_annos.mat has no classes
                 base = source.find(f"cars_{part}/00001.jpg", (f"cars_{part}.tgz", f"cars_{part}*"))
                 rows += [
-                    (part, int(row["class"]), base / f"cars_{part}" / str(row["fname"]))
+                    (part, int(row["class"]), base / f"cars_{part}", str(row["fname"]))
                     for row in table["annotations"].reshape(-1)
                 ]
-        return [_item(part, names[number - 1], path) for part, number, path in rows if part in parts]
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        return [
+            Item.of(part, _nth(names, number), folder, path) for part, number, folder, path in rows if part in parts
+        ]
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise DiffFitError(f"the tables of Stanford Cars in {source.root} cannot be understood: {error!r}") from error
 
 

@@ -36,6 +36,32 @@ class Item(NamedTuple):
     source: Path
     name: str
 
+    @classmethod
+    def of(cls, part: str, class_name: str, base: Path, path: str) -> Item:
+        """The image at ``path`` below ``base``, as a list or an archive names it; the only way that items are made.
+
+        Raises:
+            DiffFitError: ``path`` leaves ``base``, by itself or through a link, or is no name of a file.
+        """
+        source = inside(base, path)
+        return cls(part, safe_name(class_name), source, source.name)
+
+
+def inside(base: Path, path: str) -> Path:
+    """``base / path``, which has to lie below ``base`` when all links are followed too; ``base`` may itself be a link.
+
+    Raises:
+        DiffFitError: it does not, or ``path`` is no name of a file.
+    """
+    parts = path.split("/")
+    if path.startswith("/") or parts[-1] in ("", ".", "..") or any(ord(c) < 32 for c in path) or ".." in parts:
+        raise DiffFitError(f"a list or an archive names {path!r}; expected a relative path to a file below {base}")
+    found = base / path
+    real = os.path.realpath(found)
+    if Path(os.path.realpath(base)) not in Path(real).parents:
+        raise DiffFitError(f"{found} is a link to {real}, outside of {base}; put the file itself there")
+    return found
+
 
 def safe_name(name: str) -> str:
     """A class name as a folder name on every file system; the usual names stay as they are.
@@ -61,6 +87,8 @@ def counts(items: Iterable[Item]) -> tuple[int, int, int]:
 def begin(out: Path) -> Path:
     """An empty folder beside ``out`` to build in; what a killed run left there is removed."""
     partial = out.with_name(out.name + ".partial")
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise DiffFitError(f"{partial} is in the way: a folder to build in is expected there; move it away")
     if partial.exists():
         if not any((partial / name).exists() for name in (MARKER, INFO)) and any(partial.iterdir()):
             raise DiffFitError(f"{partial} is in the way and was not made by difffit prepare; move it away")
@@ -80,11 +108,14 @@ def begin(out: Path) -> Path:
 def place(items: list[Item], partial: Path, movable: Any, copy: bool = False) -> None:
     """Put every image below ``partial``: moved if ``movable(source)``, else hard-linked, else copied."""
     taken: set[str] = set()
+    sources: dict[Path, str] = {}
     for item in tqdm(items, desc="place", unit="file"):
         relative = f"{item.part}/{item.class_name}/{item.name}"
         if relative.casefold() in taken:
             raise DiffFitError(f"two images would both become {relative}")
         taken.add(relative.casefold())
+        if sources.setdefault(item.source, relative) != relative:
+            raise DiffFitError(f"{item.source} is listed twice, as {sources[item.source]} and as {relative}")
         target = partial / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         if movable(item.source):
@@ -92,7 +123,7 @@ def place(items: list[Item], partial: Path, movable: Any, copy: bool = False) ->
             continue
         if not copy:
             try:
-                os.link(item.source, target)
+                os.link(os.path.realpath(item.source), target)  # of a link: the file it leads to
                 continue
             except OSError:  # another file system, or one without links
                 pass
