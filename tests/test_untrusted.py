@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mutate import bytes_of, outcome, safetensors_of
@@ -18,6 +19,8 @@ from mutate import bytes_of, outcome, safetensors_of
 from difffit_fast import DiT, FastDiffFitDiT
 from difffit_fast.check import check
 from difffit_fast.errors import DiffFitError
+from difffit_fast.evaluate.sources import open_images
+from difffit_fast.evaluate.statistics import load_statistics
 from difffit_fast.models.header import read_header, write_model_file
 from difffit_fast.models.load import load_model
 
@@ -143,6 +146,52 @@ def test_a_header_that_is_nested_without_end(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "bad.safetensors", {"a": torch.zeros(1)}, strings)
     with pytest.raises(DiffFitError, match="difffit in its metadata is not JSON"):
         read_header(tmp_path / "bad.safetensors")
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+GOOD = {"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((4, 3), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"mu": np.zeros((3, 1))}, r"needs a mean \[D\]"),
+        ({"mu": np.full(3, np.nan)}, "NaN or infinite"),
+        ({"sigma": np.array([[1, 9, 0], [0, 1, 0], [0, 0, 1.0]])}, "not symmetric"),
+        ({"mu": np.array([{}, 1, 2], dtype=object)}, "cannot be read as statistics"),
+        ({"features": np.zeros((4, 2), np.float32)}, r"features should be .* \(N, 3\)"),
+        ({"features": np.full((4, 3), np.inf, np.float32)}, "features should be finite"),
+        ({"features": np.zeros((4, 3), np.int64)}, "features should be finite floating"),
+        ({"difffit_fast": np.array("[")}, "its note is not JSON"),
+        ({"difffit_fast": np.array("[" * 100_000)}, "its note is not JSON"),
+        ({"difffit_fast": np.array("[1]")}, "its note should be a JSON object"),
+        ({"difffit_fast": np.array('{"count": "many"}')}, "count in its note should be int"),
+        ({"difffit_fast": np.array('{"count": -1}')}, "count in its note should be a number of images"),
+        ({"difffit_fast": np.array('{"size": [8]}')}, "size in its note should be a height and a width"),
+        ({"difffit_fast": np.array('{"identity": 3}')}, "identity in its note should be str"),
+    ],
+)
+def test_crafted_statistics_are_refused(tmp_path: Path, entries: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "s.npz", **{**GOOD, **entries})
+    with pytest.raises(DiffFitError, match=message):
+        load_statistics(tmp_path / "s.npz")
+    np.savez(tmp_path / "s.npz", **GOOD)
+    assert load_statistics(tmp_path / "s.npz").features.shape == (4, 3)
+
+
+def test_damaged_statistics_and_images_give_one_sentence(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", **GOOD, difffit_fast=np.array('{"count": 4, "size": [8, 8], "identity": "x"}'))
+    np.savez(tmp_path / "i.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
+    for name, read in (
+        ("s.npz", load_statistics),
+        ("i.npz", lambda path: list(open_images(path).batches(2))),
+    ):
+        content = (tmp_path / name).read_bytes()
+        for number in range(150):
+            path = tmp_path / f"damaged-{name}"
+            path.write_bytes(bytes_of(content, random.Random(f"{name} {number}")))
+            said = outcome(lambda: read(path), (DiffFitError,))  # noqa: B023
+            assert said in ("fine", "refused"), f"{name}, number {number}: {said}"
 
 
 # -- damaged -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zipfile
@@ -122,14 +123,8 @@ class NpzSource:
 
     def __init__(self, path: Path, num_images: int | None = None) -> None:
         self.name, self.path = str(path), path
-        with _archive(path) as archive:
-            keys = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "arr_0" not in keys:
-                raise DiffFitError(
-                    f"{path} holds {', '.join(keys) or 'nothing'}; images are expected under the key arr_0"
-                )
-            with archive.open("arr_0.npy") as file:
-                shape, fortran, dtype = _header(file, path)
+        with _arr_0(path) as file:
+            shape, fortran, dtype = _header(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise DiffFitError(f"arr_0 of {path} must be uint8 [N, H, W, 3]; it is {dtype} {list(shape)}")
         if 0 in shape:
@@ -145,14 +140,11 @@ class NpzSource:
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
         _, height, width, channels = self.shape
         size = height * width * channels
-        with _archive(self.path) as archive, archive.open("arr_0.npy") as file:
-            _header(file, self.path)
+        with _arr_0(self.path) as file:
+            _header(file)
             for start in range(0, self.count, batch_size):
                 n = min(batch_size, self.count - start)
-                try:
-                    data = file.read(n * size)
-                except (zipfile.BadZipFile, OSError, EOFError) as error:
-                    raise DiffFitError(f"{self.path} is damaged: {error}") from error
+                data = file.read(n * size)
                 if len(data) != n * size:
                     raise DiffFitError(f"{self.path} ends after {start + len(data) // size} of {self.shape[0]} images")
                 pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(n, height, width, channels)
@@ -197,18 +189,28 @@ def _line(name: str, *numbers: int) -> bytes:
     return ("\0".join((name, *map(str, numbers))) + "\n").encode("utf-8", "surrogateescape")
 
 
-def _archive(path: Path) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def _arr_0(path: Path) -> Iterator[Any]:
+    """The member ``arr_0`` of an archive, open; whatever is wrong with either becomes a :class:`DiffFitError`."""
     try:
-        return zipfile.ZipFile(path)
+        with zipfile.ZipFile(path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" not in keys:
+                raise DiffFitError(
+                    f"{path} holds {', '.join(keys) or 'nothing'}; images are expected under the key arr_0"
+                )
+            with archive.open("arr_0.npy") as file:
+                yield file
+    except DiffFitError:
+        raise
     except zipfile.BadZipFile as error:
-        raise DiffFitError(f"{path} is not a .npz file: {error}") from error
-
-
-def _header(file: Any, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and dtype of the ``.npy`` that ``file`` begins with; leaves ``file`` at the data."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(file)
-    except ValueError as error:
+        raise DiffFitError(f"{path} is not a .npz file, or damaged: {error}") from error
+    except Exception as error:  # zipfile and NumPy raise a different kind for each sort of damage
         raise DiffFitError(f"{path} is damaged: {error}") from error
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and dtype of the ``.npy`` that ``file`` begins with; leaves ``file`` at the data."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)

@@ -92,6 +92,41 @@ def is_statistics(path: Path) -> bool:
         return False
 
 
+# What the note says, and of which types besides None.
+_NOTED: dict[str, tuple[type, ...]] = {
+    "version": (int,), "identity": (str,), "fingerprint": (str,), "count": (int,), "size": (list,),
+}  # fmt: skip
+
+
+def _note(text: str, path: Path) -> dict[str, Any]:
+    """The note, its entries compared with :data:`_NOTED`."""
+    try:
+        note = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DiffFitError(f"{path}: its note is not JSON: {error}") from error
+    if not isinstance(note, dict):
+        raise DiffFitError(f"{path}: its note should be a JSON object; it is {text[:40]!r}")
+    for key, types in _NOTED.items():
+        value = note.get(key)
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            raise DiffFitError(f"{path}: {key} in its note should be {types[0].__name__}; it is {value!r:.60}")
+    if not 0 <= (note.get("count") or 0) < 1 << 63:
+        raise DiffFitError(f"{path}: count in its note should be a number of images; it is {note['count']:.60g}")
+    size = note.get("size")
+    if size is not None and (len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in size)):
+        raise DiffFitError(f"{path}: size in its note should be a height and a width; it is {size!r:.60}")
+    return note
+
+
+def _features(values: np.ndarray, width: int, path: Path) -> Tensor:
+    """Features (N, width) float32."""
+    if values.ndim != 2 or values.shape[1] != width or values.dtype.kind != "f" or not np.isfinite(values).all():
+        raise DiffFitError(
+            f"{path}: its features should be finite floating numbers (N, {width}); they are {values.dtype} {values.shape}"
+        )
+    return torch.from_numpy(values.astype(np.float32, copy=False))
+
+
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Read statistics written here, by ADM's or by other evaluators (``mu, sigma`` and, if there, ``mu_s, sigma_s``).
 
@@ -111,8 +146,8 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
                 if {"mu_s", "sigma_s"} <= keys
                 else (None, None)
             )
-            features = torch.from_numpy(file["features"]) if "features" in keys else None
-            note = json.loads(str(file[NOTE])) if NOTE in keys else {}
+            features = _features(file["features"], len(mean), path) if "features" in keys else None
+            note = _note(str(file[NOTE]), path) if NOTE in keys else {}
     except DiffFitError:
         raise
     except FileNotFoundError as error:
@@ -121,7 +156,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         raise DiffFitError(f"{path} cannot be read as statistics: {error}") from error
     size = note.get("size")
     return Statistics(
-        count=note.get("count", 0),
+        count=note.get("count") or 0,
         mean=mean,
         covariance=covariance,
         spatial_mean=spatial[0],
