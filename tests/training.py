@@ -84,6 +84,10 @@ def _run(words: list[str], log: str, variables: dict[str, str]) -> None:
     os.dup2(output, 2)
     os.environ.update(variables)
     torch.set_num_threads(1)
+    if "CRASH_BELOW" in variables:
+        from crash import install
+
+        install(variables["CRASH_BELOW"], int(variables["CRASH_AT"]), variables["CRASH_REPORT"])
     if "RECORDED" in variables:  # as on a GPU, with recordings for graphs
         from recording import Recorder
 
