@@ -41,7 +41,7 @@ _LONGEST = 100  # bytes of a name that a temporary one repeats: with all the res
 _OWNER = re.compile(r"([0-9a-f]{8})-(\d+)-(\d+)")
 _NAME = re.compile(rf"\.({_OWNER.pattern})-\d+$")
 _OLD_NAME = re.compile(r"\.(\d+|old)$")  # of versions that told the pid alone, or nothing
-_DESCRIPTOR = re.compile(r"/(?:dev|proc/self|proc/\d+)/fd/(\d+)")
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self|proc/(\d+))/fd/(\d+)")
 
 _numbers = itertools.count()
 _looked_into: set[Path] = set()
@@ -140,20 +140,26 @@ def sweep(folder: Path, target: str | None = None) -> None:
     Args:
         target: take names that older versions of this package left, which tell less, only where they are of this file.
     """
+    with contextlib.suppress(OSError):  # not there, or not to be listed
+        for name in os.listdir(folder):
+            if is_leftover(folder / name, target):
+                with contextlib.suppress(OSError):  # another one was quicker
+                    remove(folder / name)
+
+
+def is_leftover(path: Path, target: str | None = None) -> bool:
+    """Whether ``path`` is a temporary file or folder of this package whose owner has died; ``target`` as for :func:`sweep`."""
+    if not path.name.startswith(TEMPORARY):
+        return False
+    match, old = _NAME.search(path.name), _OLD_NAME.search(path.name)
     try:
-        names = [name for name in os.listdir(folder) if name.startswith(TEMPORARY)]
-    except OSError:  # not there, or not to be listed
-        return
-    for name in names:
-        path, match, old = folder / name, _NAME.search(name), _OLD_NAME.search(name)
-        with contextlib.suppress(OSError):  # another one was quicker
-            if match:
-                left = is_left(match[1], path)
-            else:
-                ours = bool(old) and (target is None or name[len(TEMPORARY) : old.start()] == target)
-                left = ours and _is_left_by_old_version(old[1], path)
-            if left:
-                remove(path)
+        if match:
+            return is_left(match[1], path)
+        if old and target in (None, path.name[len(TEMPORARY) : old.start()]):
+            return _is_left_by_old_version(old[1], path)
+    except OSError:  # another one has removed it
+        pass
+    return False
 
 
 def remove(path: Path) -> None:
@@ -166,14 +172,18 @@ def remove(path: Path) -> None:
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to: flushed to the disk and renamed when all went well, else removed.
 
     A link is written through: the file that it names is replaced, with its permissions kept. What is written to a
     character device or a pipe (``/dev/null``, ``/dev/stdout``) goes into it.
 
+    Args:
+        new: of several processes that write ``path``, one succeeds (where the file system has hard links).
+
     Raises:
         DiffFitError: ``path`` is a folder, a block device or a socket.
+        FileExistsError: with ``new``, it is there.
         OSError: it cannot be written.
 
     >>> with replacing(tmp_path / "numbers.txt") as temporary:          # doctest: +SKIP
@@ -192,15 +202,48 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             return
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # nothing was there, or the file system knows no permissions
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        os.replace(temporary, target)
+        if not (new and _link(temporary, target)):
+            os.replace(temporary, target)
     except OSError as error:
         if error.filename not in (str(temporary), None):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the user knows
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, target: Path) -> bool:
+    """Give a file its name unless another one has it; False where that cannot be done at once."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def check_target(path: str | os.PathLike[str], flag: str) -> None:
+    """Refuse what :func:`replacing` would, before any work is spent; ``flag``: where the user has named it.
+
+    Raises:
+        DiffFitError: ``path`` is no name of a file, or its folder does not exist.
+    """
+    target = _target(Path(path))
+    if target is not None and not target.parent.is_dir():
+        raise DiffFitError(f"the folder of {flag} does not exist: {target.parent}")
+
+
+def check_unicode(path: str | os.PathLike[str]) -> None:
+    """Refuse a place for ``.safetensors`` files whose name is not UTF-8: the library could not read them again."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DiffFitError(
+            f"cannot write {path}: names of .safetensors files and of their folders must be UTF-8"
+        ) from error
 
 
 def _target(path: Path) -> Path | None:
@@ -224,8 +267,9 @@ def _descriptor(path: Path) -> int | None:
     """The open file of this process that a name such as ``/dev/stdout`` stands for."""
     name = os.path.abspath(path)
     for _ in range(40):  # as many links as Linux follows
-        if match := _DESCRIPTOR.fullmatch(name):
-            return int(match[1])
+        match = _DESCRIPTOR.fullmatch(name)
+        if match and match[1] in (None, str(os.getpid())):
+            return int(match[2])
         try:
             name = os.path.normpath(os.path.join(os.path.dirname(name), os.readlink(name)))
         except OSError:
@@ -235,20 +279,21 @@ def _descriptor(path: Path) -> int | None:
 
 def _pour(source: Path, path: Path) -> None:
     """The bytes of ``source`` into a device, a pipe, or an open file, behind what was printed there before."""
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     descriptor = _descriptor(path)
     opened = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
     with open(source, "rb") as file, open(opened, "wb") as out:
         shutil.copyfileobj(file, out)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
+def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
+    with replacing(path, new=new) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """UTF-8.
+def write_text(path: Path, text: str, *, new: bool = False) -> None:
+    """UTF-8; ``new`` as for :func:`replacing`.
 
     Raises:
         DiffFitError: a name of a file that is not UTF-8 is in it.
@@ -259,7 +304,7 @@ def write_text(path: Path, text: str) -> None:
         raise DiffFitError(
             f"cannot write {path}: {text[error.start - 20 : error.end]!r} is not valid Unicode"
         ) from error
-    write_bytes(path, content)
+    write_bytes(path, content, new=new)
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -270,8 +315,8 @@ def json_text(value: Any, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json_text(value, indent=1) + "\n")
+def write_json(path: Path, value: Any, *, new: bool = False) -> None:
+    write_text(path, json_text(value, indent=1) + "\n", new=new)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -296,7 +341,11 @@ def write_safetensors(
 
     Tensors of any of the format's usual dtypes, on any device; they are written one after another, so that no second
     copy of them all is held.
+
+    Raises:
+        DiffFitError: ``path`` is not UTF-8, see :func:`check_unicode`, or no name of a file.
     """
+    check_unicode(path)
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training import digits, flags
 
 from difffit_fast import DiT, FastDiffFitDiT
-from difffit_fast._files import write_safetensors
+from difffit_fast._files import owner, write_safetensors
 from difffit_fast.check import Report, check
 from difffit_fast.cli import main
 from difffit_fast.errors import DiffFitError
@@ -181,7 +181,9 @@ def test_runs(images: Path, tmp_path: Path) -> None:
     assert report.ok and report.kind == "run" and report.facts == {"checkpoints": 2, "resumes from": "step 2"}
     file = run / "checkpoints/0000002.state/tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    (run / "checkpoints/.tmp-left").write_text("x")
+    left = f"checkpoints/.tmp-left.{owner().split('-')[0]}-4194305-1-0"  # of a process that cannot be
+    for name in (left, f"checkpoints/.tmp-living.{owner()}-0"):
+        (run / name).write_text("x")
     with open(run / "metrics.jsonl", "a") as log:
         log.write(json.dumps({"step": 3, "loss": float("nan")}) + "\n")
     report = check(run)
@@ -189,7 +191,8 @@ def test_runs(images: Path, tmp_path: Path) -> None:
     assert not report.ok and report.facts["resumes from"] == "step 1"
     assert "0000002" in str(wrong["checkpoints that are torn or damaged"])
     assert wrong["numbers of its log that are not finite"] == ["loss of step 3"]
-    assert "checkpoints/.tmp-left" in str(found(report, "suspicious"))
+    (leftovers,) = [names for what, names in found(report, "suspicious").items() if "half-written" in what]
+    assert leftovers == [left]
 
 
 def test_the_command(delta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -617,7 +617,24 @@ def test_names_that_are_not_unicode(images, tmp_path, capfd):
     assert _extract(root, out) == 0 and _bytes(out) == before
 
 
+def test_a_folder_whose_name_is_not_unicode_is_refused_at_once(images, tmp_path):
+    with pytest.raises(DiffFitError, match="must be UTF-8"):
+        _extract(images, tmp_path / os.fsdecode(b"\xff"))
+    assert os.listdir(tmp_path) == []
+
+
 # ---------------------------------------------------------------- together, and with no room
+
+
+def test_of_two_that_begin_one_folder_with_other_settings_the_later_is_refused(images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    _extract(images, out)
+    before = _bytes(out)
+    scandir = os.scandir  # shows the folder as it was a moment ago
+    monkeypatch.setattr(os, "scandir", lambda path: [] if path == out else scandir(path))
+    with pytest.raises(DiffFitError, match="its image_size is 16, now 8 is asked for"):
+        _extract(images, out, **{"image-size": 8})
+    assert _extract(images, out) == 0 and _bytes(out) == before
 
 
 def test_two_extractions_into_one_folder_at_once(images, tmp_path):

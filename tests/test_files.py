@@ -14,7 +14,22 @@ import pytest
 import torch
 
 from difffit_fast import _files
-from difffit_fast._files import beside, is_left, json_text, owner, read_json, replacing, sweep, write_text, write_torch
+from difffit_fast._files import (
+    beside,
+    check_target,
+    is_left,
+    json_text,
+    owner,
+    read_json,
+    replacing,
+    sweep,
+    write_safetensors,
+    write_text,
+    write_torch,
+)
+from difffit_fast.check.report import Report
+from difffit_fast.check.run import check_run
+from difffit_fast.data.prepare import layout
 from difffit_fast.data.prepare.layout import begin
 from difffit_fast.errors import DiffFitError
 from difffit_fast.train.checkpoint import CheckpointFolder
@@ -138,6 +153,26 @@ def test_a_second_prepare_leaves_the_first_alone(tmp_path):
     assert listed(begin(tmp_path / "food")) == [".difffit-prepare"]
 
 
+def test_check_names_what_dead_processes_left_alone(tmp_path):
+    living, dead = beside(tmp_path / "a"), tmp_path / ".tmp-b.state.old"
+    for path in (living, dead):
+        path.touch()
+    os.utime(dead, (1, 1))
+    report = Report(str(tmp_path), "run")
+    check_run(tmp_path, report)
+    found = [finding.examples for finding in report.findings if "half-written" in finding.what]
+    assert found == [[dead.name]]
+
+
+def test_of_two_that_make_a_file_one_is_told_so(tmp_path):
+    path = tmp_path / "a"
+    with pytest.raises(FileExistsError) as caught, replacing(path, new=True) as one:
+        one.write_text("1")
+        with replacing(path, new=True) as two:
+            two.write_text("2")
+    assert path.read_text() == "2" and caught.value.filename == str(path) and listed(tmp_path) == ["a"]
+
+
 @pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "n" * 241, os.fsdecode(b"\xff" * 200)])
 def test_names_as_long_as_file_systems_allow(tmp_path, name):
     write_text(tmp_path / name, "1")
@@ -193,6 +228,51 @@ def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_text(tmp_path / "absent" / "a.txt", "x")
     assert caught.value.filename == str(tmp_path / "absent" / "a.txt")
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "to").symlink_to(Path("absent") / "a.json")
+    for name, message in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "absent" / "a.json", f"the folder of --json does not exist: {tmp_path / 'absent'}"),
+        (tmp_path / "to", f"the folder of --json does not exist: {tmp_path / 'absent'}"),
+    ):
+        with pytest.raises(DiffFitError, match=message):
+            check_target(name, "--json")
+    for name in (tmp_path / "a.json", "/dev/null", "/dev/stdout"):
+        check_target(name, "--json")
+    assert listed(tmp_path) == ["to"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [
+        (["check", "{folder}"], "--json"),
+        (["eval", "{folder}", "{folder}"], "--json"),
+        (["eval", "{folder}", "{folder}"], "--cache"),
+        (["sample", "--ckpt", "{folder}"], "--output"),
+        (["merge", "--delta", "{folder}"], "--out"),
+    ],
+)
+def test_every_command_that_writes_a_file_refuses_it_first(tmp_path, capsys, verb, flag):
+    from difffit_fast.cli import main
+
+    target = tmp_path / "absent" / "x.safetensors"
+    assert main([word.format(folder=tmp_path) for word in verb] + [flag, str(target)]) == 2
+    assert f"the folder of {flag} does not exist" in capsys.readouterr().err
+    target.mkdir(parents=True)
+    more = ["--overwrite"] if flag == "--out" else []
+    assert main([word.format(folder=tmp_path) for word in verb] + [flag, str(target), *more]) == 2
+    assert "expected the name of a file; it is a folder" in capsys.readouterr().err
+
+
+def test_an_open_file_of_another_process_is_no_stream_of_ours(tmp_path):
+    with open(tmp_path / "out", "wb") as out:
+        code = "import sys; sys.stdin.read()"
+        other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=out)
+    write_text(Path(f"/proc/{other.pid}/fd/1"), "theirs")
+    other.communicate()
+    assert (tmp_path / "out").read_text() == "theirs"
 
 
 def test_devices_and_pipes_are_written_into(tmp_path):
@@ -257,3 +337,21 @@ def test_what_is_no_json_object_is_one_sentence(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DiffFitError, match="JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_name_that_safetensors_could_not_read_is_not_written(tmp_path):
+    with pytest.raises(DiffFitError, match="must be UTF-8"):
+        write_safetensors(tmp_path / os.fsdecode(b"\xff.safetensors"), {"a": torch.zeros(1)})
+    assert listed(tmp_path) == []
+
+
+def test_the_listing_of_a_data_set_takes_any_name(tmp_path):
+    partial = begin(tmp_path / "out")
+    for name in ("a\u2028b.jpg", "a\x85.jpg", os.fsdecode(b"\xff.jpg")):
+        path = partial / "train" / "k" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1")
+    layout.finish(partial, tmp_path / "out", {"name": "x"})
+    assert layout.verify(tmp_path / "out") == {"name": "x"}
+    done = subprocess.run(["sha256sum", "-c", "files.sha256"], cwd=tmp_path / "out", capture_output=True)
+    assert done.returncode == 0 and done.stdout.count(b": OK\n") == 3

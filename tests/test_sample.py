@@ -281,6 +281,23 @@ def test_folder_refuses_other_settings(model, tmp_path):
         sample_to_folder(fid_sampler(model), tmp_path / "file" / "c", 2, progress=False)
 
 
+def test_folder_refuses_another_vae_of_the_same_name(tmp_path):
+    model, vae = random_model(in_channels=4, input_size=4), tiny_vae()
+    folder = tmp_path / "a"
+    sample_to_folder(Sampler(model, "ddim", 2, vae=vae), folder, 1, progress=False, npz=False)
+    with torch.no_grad():
+        vae.model.decoder.conv_in.weight.mul_(2)
+    with pytest.raises(DiffFitError, match="begun with vae_sha256"):
+        sample_to_folder(Sampler(model, "ddim", 2, vae=vae), folder, 2, progress=False, npz=False)
+    settings = json.loads((folder / "sampling.json").read_text())
+    del settings["vae_sha256"]  # as an earlier version wrote it
+    (folder / "sampling.json").write_text(json.dumps(settings))
+    sample_to_folder(Sampler(model, "ddim", 2, vae=vae), folder, 2, progress=False, npz=False)
+    (folder / "sampling.json").write_text("[]")
+    with pytest.raises(DiffFitError, match="should hold a JSON object"):
+        sample_to_folder(Sampler(model, "ddim", 2, vae=vae), folder, 2, progress=False, npz=False)
+
+
 def test_labels_of_a_folder(model):
     sampler = fid_sampler(model)
     assert image_labels(sampler, 5, [3, 1], 0) == [3, 1, 3, 1, 3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from .._files import TEMPORARY
+from .._files import TEMPORARY, is_leftover
 from ..errors import DiffFitError
 from ..models.load import RUN_SETTINGS
 from ..train.checkpoint import CheckpointFolder
@@ -35,7 +35,7 @@ def check_run(path: Path, report: Report) -> None:
                 report.wrong("numbers of its log that are not finite", f"{key} of step {line.get('step')}")
     if not metrics:
         report.suspicious("no step was logged", "metrics.jsonl")
-    for leftover in sorted(path.rglob(f"{TEMPORARY}*")):
+    for leftover in sorted(filter(is_leftover, path.rglob(f"{TEMPORARY}*"))):
         report.suspicious("half-written files of processes that were killed", str(leftover.relative_to(path)))
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .._files import write_text
+from .._files import check_target, write_text
 from ..check import check
 
 
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check; 1 when something is wrong."""
+    if args.json and args.json != "-":
+        check_target(args.json, "--json")
     report = check(Path(args.path), args.image_size)
     text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
     if args.json and args.json != "-":

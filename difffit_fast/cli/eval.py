@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .._files import write_json
+from .._files import check_target, write_json
 from ..errors import DiffFitError
 
 
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluate import compare
     from ..evaluate.features import resolve_features
 
-    if args.json and not Path(args.json).parent.is_dir():
-        raise DiffFitError(f"the folder of --json does not exist: {Path(args.json).parent}")
+    for name in ("json", "cache"):
+        if getattr(args, name):
+            check_target(getattr(args, name), f"--{name}")
     if args.num_samples is not None and args.num_samples < 2:
         raise DiffFitError(f"--num-samples must be at least 2; got {args.num_samples}")
     names = [name.strip() for name in args.features.split(",")]

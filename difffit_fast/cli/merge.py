@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .._files import check_target, write_torch
     from ..errors import DiffFitError
 
     out = Path(args.out)
@@ -26,9 +27,7 @@ def run(args: argparse.Namespace) -> int:
         raise DiffFitError(f"--out must end in .pt or .safetensors; got {args.out}")
     if out.exists() and not args.overwrite:
         raise DiffFitError(f"--out {out} exists; give --overwrite to replace it")
-    if not out.parent.is_dir():
-        raise DiffFitError(f"the folder of --out does not exist: {out.parent}")
-    from .._files import write_torch
+    check_target(out, "--out")
     from ..models.header import record_in_state_dict, write_model_file
     from ..models.load import load_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._devices import choose_device
-from .._files import sha256
+from .._files import check_target, sha256
 from .._processes import World
 from ..errors import DiffFitError
 from ..models.sizes import model_name
@@ -93,9 +93,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.merge and args.delta is None:
         raise DiffFitError("--merge folds a --delta into the weights, and there is none")
     if args.num_fid_samples is None:
-        folder = Path(args.output).resolve().parent
-        if not folder.is_dir():
-            raise DiffFitError(f"the folder of --output does not exist: {folder}")
+        check_target(args.output, "--output")
 
 
 def _make_sampler(args: argparse.Namespace, device: torch.device) -> Any:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._files import TEMPORARY, read_json, sha256, stamp, sweep, write_json
+from .._files import TEMPORARY, check_unicode, read_json, sha256, stamp, sweep, write_json
 from ..errors import DiffFitError
 from .image_folder import ImageFolder
 from .pixels import ImageError, read_pixels, to_signed
@@ -93,8 +93,10 @@ class Extraction:
     def __init__(self, config: ExtractConfig) -> None:
         self.config = config
         self.out = Path(config.features_path)
+        check_unicode(self.out)
         begun = read_json(self.out / CONFIG_FILE) if (self.out / CONFIG_FILE).is_file() else {}
         self.folder = ImageFolder(config.data_path, config.image_size, flip=False, class_names=begun.get("class_names"))
+        self._status = [(self.folder.root / name).stat() for name in self.folder.files]
         self.vae: LatentSpace | PixelSpace = load_vae(config.vae, config.device, config.precision)
         if config.image_size % self.vae.factor:
             raise DiffFitError(
@@ -130,8 +132,8 @@ class Extraction:
     def _listing(self, told: Callable[[os.stat_result], tuple[int, ...]]) -> str:
         """SHA-256 over the images' names and what is told of each one's status."""
         listing = hashlib.sha256()
-        for name in self.folder.files:
-            words = (name, *map(str, told((self.folder.root / name).stat())))
+        for name, status in zip(self.folder.files, self._status, strict=True):
+            words = (name, *map(str, told(status)))
             listing.update(("\0".join(words) + "\n").encode("utf-8", "surrogateescape"))
         return listing.hexdigest()
 
@@ -153,7 +155,10 @@ class Extraction:
             )
         self._stamps = self.settings["stamps_sha256"]
         with _writing(self.out):
-            write_json(path, self.settings)
+            try:
+                write_json(path, self.settings, new=True)
+            except FileExistsError:  # another process was quicker, perhaps with other settings
+                self._take_up(read_json(path), path)
 
     def _take_up(self, found: dict[str, Any], path: Path) -> None:
         """Go on with a folder that was begun with the settings ``found``, or refuse it."""
@@ -173,7 +178,7 @@ class Extraction:
 
     def _difference(self, found: dict[str, Any], key: str) -> str:
         if key in ("listing_sha256", "class_names"):
-            return "the images have changed since"
+            return "images were added, removed or renamed since"
         if key == "vae_sha256":
             return f"the VAE {found.get('vae')!r} had other weights than {self.settings['vae']!r}"
         return f"its {key} is {found.get(key)}, now {self.settings[key]} is asked for"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .._files import replacing, sweep, write_text
+from .._files import read_json, replacing, sweep, write_json
 from .._processes import World
 from ..data.pixels import ImageError, read_pixels
 from ..errors import DiffFitError
@@ -102,6 +102,7 @@ def sampler_settings(sampler: Sampler) -> dict[str, Any]:
         **{name: getattr(sampler, name) for name in names},
         "model": sampler.model.config,
         "vae": sampler.vae.name,
+        "vae_sha256": sampler.vae.fingerprint(),
         "precision": str(sampler.autocast or "model"),
     }
 
@@ -117,13 +118,12 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
                 raise DiffFitError(
                     f"{folder} holds images but no {SETTINGS_FILE}: not begun by this command, not touched"
                 )
-            write_text(path, json.dumps(settings, indent=1) + "\n")
-        before = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, settings)
+        before = read_json(path)
         sweep(folder)
     except OSError as error:
         raise DiffFitError(f"cannot write samples into {folder}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DiffFitError(f"{path} cannot be read: {error}") from error
+    before.setdefault("vae_sha256", settings.get("vae_sha256"))  # earlier versions recorded the name alone
     for key in sorted(set(before) | set(settings)):
         if before.get(key) != settings.get(key):
             raise DiffFitError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .._files import beside, read_yaml, sweep
+from .._files import beside, check_unicode, read_yaml, sweep
 from ..errors import DiffFitError
 from ..models.load import RUN_SETTINGS as CONFIG_FILE
 from .checkpoint import Checkpoint, CheckpointFolder
@@ -46,6 +46,7 @@ def new_run_folder(config: TrainConfig, model: str) -> Path:
         DiffFitError: it cannot be made there.
     """
     root = Path(config.results_dir)
+    check_unicode(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         sweep(root, _safe(model))

@@ -152,7 +152,7 @@ def verify(out: Path) -> dict[str, Any]:
     info = read_json(out / INFO)
     try:
         text = (out / LISTING).read_text(encoding="utf-8", errors="surrogateescape")
-        listed = {line[66:]: line[:64] for line in text.splitlines()}
+        listed = {line[66:]: line[:64] for line in text.split("\n") if line}  # a name may hold U+2028
     except OSError as error:
         raise DiffFitError(f"{out / LISTING} cannot be read: {error.strerror or error}") from error
     present = set(_images(out))
