@@ -12,6 +12,7 @@ import torch
 from .._devices import choose_device
 from .._files import check_target, sha256
 from .._processes import World
+from .._words import shown
 from ..errors import DiffFitError
 from ..models.sizes import model_name
 from ..sample.sampler import DDPM_SAMPLERS, FLOW_METHODS, SAMPLERS
@@ -85,9 +86,9 @@ def _check(args: argparse.Namespace) -> None:
     for name, most in _MOST.items():
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
-            raise DiffFitError(f"--{name.replace('_', '-')} must be at least 1 and at most {most}; got {value:.60g}")
+            raise DiffFitError(f"--{name.replace('_', '-')} must be at least 1 and at most {most}; got {shown(value)}")
     if not 0 <= args.seed < 1 << 64:
-        raise DiffFitError(f"--seed must be at least 0 and less than 2**64; got {args.seed:.60g}")
+        raise DiffFitError(f"--seed must be at least 0 and less than 2**64; got {shown(args.seed)}")
     if args.ckpt is None and args.delta is None:
         raise DiffFitError("nothing to sample from: give --ckpt, or --delta, or both")
     if args.merge and args.delta is None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_bytes
+from .._words import shown
 from ..errors import DiffFitError
 from .frechet import check_gaussian
 
@@ -111,7 +112,7 @@ def _note(text: str, path: Path) -> dict[str, Any]:
         if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
             raise DiffFitError(f"{path}: {key} in its note should be {types[0].__name__}; it is {value!r:.60}")
     if not 0 <= (note.get("count") or 0) < 1 << 63:
-        raise DiffFitError(f"{path}: count in its note should be a number of images; it is {note['count']:.60g}")
+        raise DiffFitError(f"{path}: count in its note should be a number of images; it is {shown(note['count'])}")
     size = note.get("size")
     if size is not None and (len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in size)):
         raise DiffFitError(f"{path}: size in its note should be a height and a width; it is {size!r:.60}")

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._words import shown
 from .classes import ClassRows
 from .sizes import DIT_SIZES, PATCH_SIZES
 
@@ -403,7 +404,7 @@ def check_dit_config(config: dict[str, Any]) -> None:
         least = 0 if name in ("depth", "mlp_ratio") else 1
         if not least <= config[name] <= most:
             bound = f"at least {least}" if config[name] < least else f"at most {most}"
-            raise ValueError(f"{name} must be {bound}, got {config[name]:.60g}")
+            raise ValueError(f"{name} must be {bound}, got {shown(config[name])}")
     for name, divisor in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
         if config[name] % config[divisor]:
             raise ValueError(f"{name} must be divisible by {divisor}, got {config[name]} and {config[divisor]}")

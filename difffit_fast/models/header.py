@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from .._files import safetensors_metadata, write_safetensors
+from .._words import shown
 from ..errors import DiffFitError
 from .dit import DIT_ARGUMENTS, STATE_DICT_KEY, check_dit_config
 
@@ -110,7 +111,7 @@ def check_header(values: Mapping[str, Any], source: str) -> None:
             raise DiffFitError(f"{source}: {key} in its metadata should be {types[0].__name__}; it is {value!r:.60}")
         low, high = BOUNDS.get(key, (-math.inf, math.inf))
         if key in BOUNDS and value is not None and not low <= value <= high:
-            raise DiffFitError(f"{source}: {key} in its metadata should be from {low} to {high}; it is {value:.60g}")
+            raise DiffFitError(f"{source}: {key} in its metadata should be from {low} to {high}; it is {shown(value)}")
     names = values.get("class_names")
     if names is not None and not all(isinstance(name, str) for name in names):
         raise DiffFitError(f"{source}: class_names in its metadata should be text; it is {names!r:.60}")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._words import nearest
+from .._words import nearest, shown
 from ..data.vae import LatentSpace, PixelSpace, load_vae
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, create_diffusion, randn, solver_sample_loop
 from ..diffusion.flow import METHODS as FLOW_METHODS
@@ -78,7 +78,7 @@ class Sampler:
             ("num_sampling_steps", num_sampling_steps, MOST_STEPS), ("batch_size", batch_size, MOST_IMAGES),
         ):  # fmt: skip
             if not 1 <= value <= most:
-                raise DiffFitError(f"{what} must be from 1 to {most}; got {value:.60g}")
+                raise DiffFitError(f"{what} must be from 1 to {most}; got {shown(value)}")
         if not 0 <= cfg_scale <= MOST_GUIDANCE:
             raise DiffFitError(f"cfg_scale must be from 0 to {MOST_GUIDANCE}; got {cfg_scale}")
         if not 0 <= eta <= 1:

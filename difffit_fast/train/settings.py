@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .._words import shown
 from ..errors import DiffFitError
 
 
@@ -97,7 +98,7 @@ class Setting:
         if isinstance(value, self.kind) and not (self.kind is int and isinstance(value, bool)):
             return dict(value) if self.kind is dict else value
         expected = f"one of {', '.join(self.choices)}" if self.choices else _KINDS[self.kind]
-        raise DiffFitError(f"{flag(self.name)} must be {expected}; got {_shown(value)}")
+        raise DiffFitError(f"{flag(self.name)} must be {expected}; got {shown(value)}")
 
     def check(self, value: Any) -> None:
         """Compare a value of the right type with choices and bounds.
@@ -109,7 +110,7 @@ class Setting:
             raise DiffFitError(f"{flag(self.name)} must be one of {', '.join(self.choices)}; got {value!r}")
         objection = self.bounds.objection(value) if self.bounds and value is not None else None
         if objection:
-            raise DiffFitError(f"{flag(self.name)} must be {objection}; got {_shown(value)}")
+            raise DiffFitError(f"{flag(self.name)} must be {objection}; got {shown(value)}")
 
 
 def option(group: str, default: Any, help: str, *, steers: bool, **declared: Any) -> Any:
@@ -140,11 +141,3 @@ def settings_of(cls: type) -> dict[str, Setting]:
 def flag(name: str) -> str:
     """The flag of a setting: ``data_path`` -> ``--data-path``."""
     return "--" + name.replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    """``value`` in a sentence; not all of the digits of a number that nobody can have meant."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:60]} ... {text[-20:]}"
