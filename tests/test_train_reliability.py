@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -18,12 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from training import Process, digits, flags
 
+from difffit_fast._processes import LostProcessError
 from difffit_fast.cli import main
+from difffit_fast.cli.terminal import Voice, voices
 from difffit_fast.errors import DiffFitError
-from difffit_fast.train import Trainer, stream
+from difffit_fast.train import TrainConfig, Trainer, stream
 from difffit_fast.train.checkpoint import CheckpointFolder
 from difffit_fast.train.interrupt import Interrupt
 from difffit_fast.train.readback import NonFiniteLossError
+from difffit_fast.train.track import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -176,6 +181,31 @@ def test_a_changed_state_is_found_out(images: Path, tmp_path: Path, change: tupl
     assert folder.read(2).step == 2
 
 
+def test_a_checkpoint_under_another_name_is_found_out(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (2, 4):
+        write(folder, step)
+    os.rename(folder.state_path(4), folder.state_path(8))
+    os.rename(folder.delta_path(4), folder.delta_path(8))
+    with pytest.raises(DiffFitError, match=r"0000008.state is not what its name says: it holds step 4"):
+        CheckpointFolder(tmp_path).read(8)
+    assert CheckpointFolder(tmp_path).newest().step == 2
+
+
+def test_a_rescue_does_not_write_again_what_is_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing begins by removing: a kill then would take the only whole checkpoint."""
+    trainer = trainer_of(images, tmp_path, max_steps=2, ckpt_every=2, keep_checkpoints=1)
+    trainer.train()
+    calls = []
+    monkeypatch.setattr(trainer.state, "save_alone", lambda *arguments: calls.append(arguments) or Path("there"))
+    monkeypatch.setattr(trainer.tracker, "say", lambda text: None)
+    assert "step 2 is saved" in str(trainer._rescue(LostProcessError("gone"))) and not calls
+    trainer.step = 3
+    assert "step 3 is saved" in str(trainer._rescue(LostProcessError("gone"))) and len(calls) == 1
+
+
 # -- readers that go away ----------------------------------------------------------------------------------------------
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "difffit_fast", *arguments]
@@ -197,23 +227,87 @@ def test_a_reader_that_goes_away_ends_no_run(images: Path, tmp_path: Path, progr
     assert "(step=0000012)" in log and "Done!" in log
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_streams_that_are_closed_from_the_start(images: Path, tmp_path: Path, closed: str) -> None:
+def test_streams_that_are_closed_from_the_start(images: Path, tmp_path: Path) -> None:
     line = " ".join(map(str, command(*words(images, tmp_path, max_steps=2))))
-    assert subprocess.run(["sh", "-c", f"{line} {closed}"], check=False, timeout=120).returncode == 0
+    assert subprocess.run(["sh", "-c", f"{line} <&- >&- 2>&-"], check=False, timeout=120).returncode == 0
     (folder,) = tmp_path.iterdir()
     assert CheckpointFolder(folder / "checkpoints").newest().step == 2
 
 
-def test_a_terminal_with_another_alphabet(tmp_path: Path) -> None:
-    name = tmp_path / "modèle-模型.safetensors"
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_no_file_gets_the_number_of_a_closed_stream(closed: tuple[int, ...]) -> None:
+    """A library that prints would write into it."""
+    child = os.fork()
+    if child == 0:
+        for number in closed:
+            os.close(number)
+        sys.stdout = sys.stderr = None
+        with voices():
+            print("nobody", file=sys.stdout)
+            os._exit(os.open(os.devnull, os.O_RDONLY))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) > 2
+
+
+@pytest.mark.parametrize("verb", ["inspect", "check"])
+def test_a_terminal_with_another_alphabet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    name = tmp_path / "modèle-模型-\udce8.safetensors"  # the last as Python reads a byte that is not UTF-8
     name.write_bytes(b"")
-    for verb in ("inspect", "check"):
-        run = subprocess.run(
-            command(verb, str(name)), env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
-        )
-        assert run.returncode == 2 and b"Traceback" not in run.stderr
-        assert rb"mod\xe8le-\u6a21" in run.stderr
+    heard = io.BytesIO()
+    for name_of in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name_of, io.TextIOWrapper(heard, encoding="ascii", errors="strict"))
+    assert main([verb, str(name)]) == 2
+    assert rb"mod\xe8le-\u6a21\u578b-\udce8" in heard.getvalue()
+
+
+def test_a_stream_that_cannot_be_set_gets_escapes_too() -> None:
+    class Plain(io.StringIO):
+        encoding = "ascii"
+
+        def write(self, text: str) -> int:
+            text.encode("ascii")
+            return super().write(text)
+
+    stream = Plain()
+    Voice(stream).write("é")
+    assert stream.getvalue() == r"\xe9"
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EPIPE, 0), (errno.EIO, 0)])
+def test_what_cannot_be_printed_ends_nothing_and_a_full_disk_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: int, code: int
+) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    assert main(["--version"]) == code
+    assert ("what was to be printed is lost" in capsys.readouterr().err) == bool(code)
+
+
+def test_a_slow_terminal_loses_a_line_and_hears_the_next() -> None:
+    class Slow(io.StringIO):
+        busy = True
+
+        def write(self, text: str) -> int:
+            if self.busy:
+                raise BlockingIOError(errno.EAGAIN, "busy")
+            return super().write(text)
+
+    stream = Slow()
+    voice = Voice(stream)
+    voice.write("a")
+    stream.busy = False
+    voice.write("b")
+    assert stream.getvalue() == "b" and voice.loss is None
+
+
+def test_a_name_that_is_not_utf8_in_the_log(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, TrainConfig(progress=False), 0, 1)
+    tracker.say("unreadable: mod\udce8le.png")
+    tracker.close()
+    assert r"mod\udce8le.png" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
 # -- signals and workers -----------------------------------------------------------------------------------------------

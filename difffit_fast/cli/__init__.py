@@ -66,11 +66,16 @@ class _Formatter(argparse.HelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``difffit`` with ``argv`` (default: the process's) and return its exit code.
 
-    0: done; 1: the job ended badly (a lost process, a loss that is not a number); 2: the user's to mend. Whether anybody
-    reads what is printed changes neither the job nor its code.
+    0: done; 1: the job ended badly (a lost process, a loss that is not a number, an output that could not be printed);
+    2: the user's to mend. Whether anybody reads what is printed changes neither the job nor its code.
     """
-    with voices():
-        return _main(argv)
+    with voices() as (output, complaints):
+        code = _main(argv)
+        output.flush()
+        if output.loss is not None and code == 0:
+            print(f"difffit: done, but what was to be printed is lost: {_sentence(output.loss)}", file=complaints)
+            code = 1
+        return code
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -148,6 +148,8 @@ class CheckpointFolder:
             raise DiffFitError(f"{folder} cannot be read: {error}") from error
         if info.get("version") != VERSION:
             raise DiffFitError(f"{folder} has version {info.get('version')}; this package reads {VERSION}")
+        if info.get("step") != step:
+            raise DiffFitError(f"{folder} is not what its name says: it holds step {info.get('step')}")
         checkpoint = Checkpoint(step, delta, folder, info)
         for name, tensor in checkpoint.tensors().items():
             if not bool(torch.isfinite(tensor).all()):

@@ -40,7 +40,9 @@ class Tracker:
         if folder is None:
             return
         _cut_metrics(folder / METRICS_FILE, resumed_at)
-        self._log = open(folder / LOG_FILE, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for the run)
+        self._log = open(  # noqa: SIM115 (open for the run)
+            folder / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        )
         self._metrics = open(folder / METRICS_FILE, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._files = [self._log, self._metrics]
         if config.progress:

@@ -116,6 +116,7 @@ class Trainer:
         self.interrupt = Interrupt()
         self.step = 0
         self.position = 0  # samples seen
+        self._saved = -1  # the step whose checkpoint holds the state as it is; it is not written twice
         self._lock: RunLock | None = None
         self._begun = False
 
@@ -133,6 +134,7 @@ class Trainer:
         self._begun = True
         start: Start = self.world.main_first(lambda: find_start(self.config, self.parts.name))
         self.step, self.position, window = self.state.restore(start.checkpoint)
+        self._saved = self.step if start.checkpoint is not None else -1
         if start.checkpoint is not None and self.step >= self.parts.total_steps:
             folder = start.checkpoint.delta.parent.parent
             if self.world.main:
@@ -177,7 +179,6 @@ class Trainer:
         config, total = self.config, self.parts.total_steps
         self.model.train()
         self.pace = Pace(self.step)
-        saved = self.step if self.step else -1
         source = batches(
             self.stream, self.position, total - self.step, config.global_batch_size, rank=self.world.rank,
             world=self.world.size, num_workers=self.parts.num_workers, pin_memory=self.device.type == "cuda",
@@ -193,9 +194,8 @@ class Trainer:
                     self.looks(self.step, self.folder, self.tracker)
                 if self.step % config.ckpt_every == 0:
                     self._save()
-                    saved = self.step
         self.readback.catch_up()
-        if saved != self.step:
+        if self._saved != self.step:
             self._save()
         say_farewell(self.tracker, self.stream.data, self.step, self.interrupt.number)
 
@@ -216,6 +216,7 @@ class Trainer:
     def _save(self) -> None:
         self.readback.catch_up()  # never a checkpoint after a loss that is not a number
         path = self.state.save(self.checkpoints, self._progress())
+        self._saved = self.step
         self.tracker.say(f"Saved checkpoint to {path}")
 
     def _rescue(self, error: LostProcessError) -> LostProcessError:
@@ -223,8 +224,9 @@ class Trainer:
         hint = "start the job again with --resume auto"
         if self.world.main and not self.config.fsdp and self.step > 0:
             with contextlib.suppress(DiffFitError):
-                path = self.state.save_alone(self.checkpoints, self._progress())
-                self.tracker.say(f"Saved checkpoint to {path}")
+                if self._saved != self.step:
+                    path = self.state.save_alone(self.checkpoints, self._progress())
+                    self.tracker.say(f"Saved checkpoint to {path}")
                 return LostProcessError(f"{error}; step {self.step} is saved in {self.folder}; {hint}")
         return LostProcessError(f"{error}; {hint} to go on from the last checkpoint")
 
