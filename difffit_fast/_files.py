@@ -408,18 +408,27 @@ def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise DiffFitError(f"cannot read {path}: {error}") from error
 
 
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text, of plain types; ``source`` begins the message of the :class:`DiffFitError` that it is none."""
+    try:
+        return yaml.safe_load(text)
+    except (
+        Exception
+    ) as error:  # dates without a 13th month, numbers of 5,000 digits, brackets without end: each its own
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise DiffFitError(f"{source} is not valid YAML{where}: {problem}") from error
+
+
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A YAML mapping of settings, or a :class:`DiffFitError` that says what is wrong with the file."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DiffFitError(f"cannot read the configuration {path}: {reason}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise DiffFitError(f"the configuration {path} is not valid YAML{where}: {problem}") from error
+    values = parse_yaml(text, f"the configuration {path}")
     if values is None:
         return {}
     if not isinstance(values, dict):

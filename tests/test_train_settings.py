@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from training import digits
+from training import TINY, digits, flags
 
 from difffit_fast.cli import main
 from difffit_fast.data import ImageFolder, visit_seed
 from difffit_fast.data.extract import ExtractConfig, Extraction
 from difffit_fast.errors import DiffFitError
+from difffit_fast.models.header import read_header
 from difffit_fast.train import TrainConfig
 from difffit_fast.train.settings import FRACTION, FROM_ONE, POSITIVE, Bounds, option, settings_of
 from difffit_fast.train.source import open_source
@@ -160,3 +162,39 @@ def test_runs_from_before_flip_was_a_setting_mirrored():
     assert TrainConfig().differences(before) == {}
     assert TrainConfig(flip="none").differences(before) == {"flip": ("horizontal", "none")}
     assert TrainConfig.from_dict(before).flip == "horizontal"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("depth=[", r"--model-args 'depth=\[' is not valid YAML"),
+        ("depth={a", "is not valid YAML"),
+        ("depth=*a", "undefined alias"),
+        ("depth=!!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("depth=2001-99-99", "is not valid YAML"),
+        ("depth=" + "9" * 6000, "is not valid YAML"),
+        ("depth=" + "[" * 3000, "is not valid YAML"),
+        ("depth=yes", "depth must be a whole number, got True"),
+        ("depth=2.0", "depth must be a whole number, got 2.0"),
+        ("depth=0", "there must be at least one; got depth 0"),
+        ("learn_sigma=maybe", "learn_sigma must be true or false, got 'maybe'"),
+        ("learn_sigma=1", "learn_sigma must be true or false, got 1"),
+        ("class_dropout_prob=2", "class_dropout_prob must be in 0..1, got 2"),
+        ("num_classes=7", "--model-args has num_classes=7, but by the data it is 3"),
+        ("input_size=8", "--model-args has input_size=8, but by the data it is 16"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused_before_the_first_step(word: str, message: str, tmp_path, capsys) -> None:
+    words = flags(data_path=digits(tmp_path / "images", each=2), results_dir=tmp_path / "runs")
+    words.insert(words.index("--model-args") + 1 + len(TINY), word)  # the last of a key counts
+    assert main(["train", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+
+
+def test_a_probability_among_the_sizes_is_the_models(tmp_path) -> None:
+    words = flags(data_path=digits(tmp_path / "images", each=4), results_dir=tmp_path / "runs")
+    words.insert(words.index("--model-args") + 1, "class_dropout_prob=0.5")
+    assert main(["train", *words]) == 0
+    (delta,) = (tmp_path / "runs").rglob("0000001.safetensors")
+    assert read_header(delta)["config"]["class_dropout_prob"] == 0.5

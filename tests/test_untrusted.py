@@ -4,17 +4,20 @@ have bytes to show for."""
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mutate import bytes_of, outcome, safetensors_of
+from mutate import bytes_of, json_of, outcome, safetensors_of
+from safetensors.torch import load_file, save_file
 
 from difffit_fast import DiT, FastDiffFitDiT
 from difffit_fast.check import check
@@ -102,7 +105,7 @@ def test_crafted_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
         ("config.num_heads", 3, "divisible by num_heads"),
         ("config.mlp_ratio", float("nan"), "mlp_ratio must be"),
         ("config.class_dropout_prob", float("nan"), "class_dropout_prob"),
-        ("config.learn_sigma", "maybe", "learn_sigma in its metadata should be bool"),
+        ("config.learn_sigma", "maybe", "learn_sigma must be true or false, got 'maybe'"),
         ("config", [], "config in its metadata should be dict"),
         ("difffit.bias", "yes", "bias must be true or false"),
         ("difffit.gamma", "qkv", "gamma must be a list of sites"),
@@ -116,6 +119,10 @@ def test_crafted_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
         ("step", -1, "step in its metadata should be from"),
         ("class_names", "abc", "class_names in its metadata should be list"),
         ("class_names", [1, 2, 3], "class_names in its metadata should be text"),
+        ("class_names", ["a", "b"], "has 2 class_names for 3 classes"),
+        ("difffit", {"bias": True}, "difffit in its metadata lacks affine_norm"),
+        ("version", 0, "versions are counted from 1"),
+        ("image_size", 9, "records an image size of 9 for 8 cells"),
         ("objective", "best", "objective in its metadata should be ddpm or flow"),
     ],
 )
@@ -146,6 +153,159 @@ def test_a_header_that_is_nested_without_end(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "bad.safetensors", {"a": torch.zeros(1)}, strings)
     with pytest.raises(DiffFitError, match="difffit in its metadata is not JSON"):
         read_header(tmp_path / "bad.safetensors")
+
+
+def test_a_key_that_stands_twice_in_a_header(tmp_path: Path) -> None:
+    strings = {"format": "difffit_fast-delta", "version": "2", "difffit": '{"bias": true, "bias": false}'}
+    save_file({"a": torch.zeros(1)}, tmp_path / "bad.safetensors", strings)
+    with pytest.raises(DiffFitError, match="difffit in its metadata is not JSON .a key stands twice in it"):
+        read_header(tmp_path / "bad.safetensors")
+
+
+def recorded(text: Any) -> Any:
+    """A state dict that says ``text`` of itself."""
+    state = DiT(**SIZES).state_dict()
+    state._metadata[""]["difffit_fast"] = text
+    return state
+
+
+def shared(levels: int) -> dict[str, Any]:
+    """Two to the power of ``levels`` paths in as many small dictionaries as there are levels."""
+    inner: dict[str, Any] = {}
+    for _ in range(levels):
+        inner = {"a": inner, "b": inner}
+    return inner
+
+
+AWKWARD = {
+    "no JSON": (lambda: recorded("{"), "is no header of a model: '{'"),
+    "nested without end": (lambda: recorded("[" * 100_000), "is no header of a model"),
+    "no text": (lambda: recorded(3), "is no header of a model: 3"),
+    "no object": (lambda: recorded("[1]"), "is no header of a model"),
+    "of a delta": (lambda: recorded('{"kind": "delta"}'), "is no header of a model"),
+    "more paths than anyone can walk": (lambda: {**DiT(**SIZES).state_dict(), "x": shared(60)}, "over and over"),
+    "a tensor under a number": (lambda: {**DiT(**SIZES).state_dict(), 7: torch.ones(1)}, "a tensor under 7"),
+    "a nested tensor": (
+        lambda: {**DiT(**SIZES).state_dict(), FC1: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        "is nested; weights must be dense",
+    ),
+    "all blocks lost": (
+        lambda: {k: v for k, v in DiT(**SIZES).state_dict().items() if not k.startswith("blocks.")},
+        "has no blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
+    make, message = AWKWARD[name]
+    torch.save(make(), tmp_path / "bad.pt")
+    with pytest.raises(DiffFitError, match=message):
+        load_model(tmp_path / "bad.pt", num_heads=2)
+
+
+def test_what_occurs_twice_in_a_checkpoint_is_no_obstacle(tmp_path: Path) -> None:
+    state = dict(DiT(**SIZES).state_dict())
+    cycle: dict[str, Any] = {}
+    cycle["again"] = cycle
+    torch.save({"ema": state, "model": state, "x": cycle}, tmp_path / "c.pt")
+    assert torch.equal(load_model(tmp_path / "c.pt", num_heads=2).model.state_dict()[FC1], state[FC1])
+
+
+def test_an_archive_that_unpacks_to_a_thousand_times_its_bytes(tmp_path: Path) -> None:
+    torch.save(DiT(**SIZES).state_dict(), tmp_path / "c.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "c.pt") as plain,
+        zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for entry in plain.infolist():
+            small.writestr(entry.filename, plain.read(entry))
+        load_model(tmp_path / "c.pt")
+        small.writestr("c/data/999", bytes(80 << 20))
+    with pytest.raises(DiffFitError, match="bytes unpack to"):
+        load_model(tmp_path / "z.pt")
+
+
+def test_any_ratio_of_the_mlp_comes_back(tmp_path: Path) -> None:
+    for ratio in (4.0, 2.2, 61 / 28):
+        dit = DiT(**{**SIZES, "hidden_size": 28, "mlp_ratio": ratio})
+        for name, state in (("recorded.pt", dit.state_dict()), ("bare.pt", dict(dit.state_dict()))):
+            torch.save(state, tmp_path / name)
+            loaded = load_model(tmp_path / name, num_heads=2).model
+            assert torch.equal(loaded.state_dict()[FC1], state[FC1])
+        assert load_model(tmp_path / "recorded.pt").model.config == dit.config
+
+
+# -- an index and its shards -------------------------------------------------------------------------------------------
+def make_shards(folder: Path) -> dict[str, Any]:
+    """Two shards; returns the index that belongs to them."""
+    dit = DiT(**SIZES)
+    state = dict(dit.state_dict())
+    names = {key: f"part-{i % 2}.safetensors" for i, key in enumerate(sorted(state))}
+    for name in set(names.values()):
+        mine = {key: value for key, value in state.items() if names[key] == name}
+        write_model_file(folder / name, "model", mine, {"config": dit.config})
+    return {"metadata": {"total_size": 1}, "weight_map": names}
+
+
+INDEXES = {
+    "nested without end": ("[" * 100_000, "cannot be read as JSON"),
+    "a list": ("[]", "should hold a JSON object"),
+    "no map": ('{"weight_map": [1]}', "weight_map should lead from keys to files"),
+    "a number": ({"pos_embed": 3}, "weight_map should lead from keys to files"),
+    "no name": ({"pos_embed": ""}, "names the shard '', which does not lie beside it"),
+    "above": ({"pos_embed": "../x"}, "names the shard '../x', which does not lie beside it"),
+    "a long name": ({"pos_embed": "x" * 5000}, "names the shard x{80}, which is missing"),
+    "the other shard": ({"pos_embed": "part-1.safetensors"}, "names 'pos_embed' in part-1.safetensors"),
+    "one that nobody holds": ({"odd": "part-0.safetensors"}, "names 'odd' in part-0.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_crafted_indexes_are_refused(name: str, tmp_path: Path) -> None:
+    index, path = make_shards(tmp_path), tmp_path / "model.safetensors.index.json"
+    changes, message = INDEXES[name]
+    path.write_text(json.dumps(index))
+    load_model(path)
+    if isinstance(changes, dict):
+        index["weight_map"] |= changes
+        assert name != "the other shard" or sorted(index["weight_map"]).index("pos_embed") % 2 == 0
+    path.write_text(json.dumps(index) if isinstance(changes, dict) else changes)
+    with pytest.raises(DiffFitError, match=message):
+        load_model(path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    index = make_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    held = load_file(tmp_path / "part-1.safetensors")
+    save_file({**held, "pos_embed": torch.zeros(1, 4, 16)}, tmp_path / "part-1.safetensors")
+    with pytest.raises(DiffFitError, match="two of its shards hold 'pos_embed'"):
+        load_model(tmp_path, num_heads=2)
+
+
+# -- the settings of a run ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ckpt": 3}, "ckpt in .* should be a path or null; it is 3; give --ckpt"),
+        ({"ckpt": ["a"]}, "should be a path or null"),
+        ({"ckpt": ""}, "should be a path or null"),
+        ({"ckpt": None, "global_seed": "x"}, "global_seed in .* should be a whole number"),
+        ({"ckpt": None, "global_seed": -1}, "global_seed in .* should be a whole number"),
+    ],
+)
+def test_a_base_that_the_settings_of_a_run_do_not_name(
+    files: dict[str, Path], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    delta = tmp_path / "checkpoints" / "0000003.safetensors"
+    delta.write_bytes(files["delta.safetensors"].read_bytes())
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    with pytest.raises(DiffFitError, match=message):
+        load_model(None, delta)
+    (tmp_path / "config.yaml").write_text(json.dumps({"ckpt": str(files["base.safetensors"])}))
+    load_model(None, delta)
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -211,6 +371,19 @@ def fuzz(folder: Path, count: int, seed: int) -> list[str]:
                 said = outcome(action, (DiffFitError,))
                 if said not in ("fine", "refused"):
                     bad.append(f"{name}, number {number} of seed {seed}, {how}: {said}")
+    return bad + fuzz_index(folder, count, seed)
+
+
+def fuzz_index(folder: Path, count: int, seed: int) -> list[str]:
+    """The same for the index of a checkpoint in two shards."""
+    index, path, bad = make_shards(folder), folder / "model.safetensors.index.json", []
+    for number in range(count):
+        rng = random.Random(f"index {seed} {number}")
+        text = json.dumps(json_of(index, rng)).encode()
+        path.write_bytes(text if rng.random() < 0.7 else bytes_of(text, rng))
+        said = outcome(lambda: load_model(path), (DiffFitError,))
+        if said not in ("fine", "refused"):
+            bad.append(f"index, number {number} of seed {seed}: {said}")
     return bad
 
 

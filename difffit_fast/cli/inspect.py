@@ -14,7 +14,7 @@ from .._files import read_yaml
 from ..data import LatentCache
 from ..data.shards import INDEX_FILE
 from ..errors import DiffFitError
-from ..models.checkpoint import pixels_per_cell, read_model
+from ..models.checkpoint import image_pixels, read_model
 from ..models.delta import read_delta
 from ..models.header import read_header
 from ..models.load import RUN_SETTINGS
@@ -68,7 +68,7 @@ def _delta(path: Path) -> dict[str, Any]:
         "trainable parameters": sum(t.numel() for t in tensors.values()),
         "preset": preset.name if preset.name != "custom" else preset.to_json(),
         "model": model_name(config, header.get("objective")),
-        **_model(config, header["pos_embed_scale"], _pixels(header)),
+        **_model(config, header["pos_embed_scale"], image_pixels(header, config, str(path))),
         "base hash": header["base_hash"],
         **_rest(header),
     }
@@ -81,7 +81,9 @@ def _trainables(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "trainables", "file": _size(path), "trainable parameters": count}
     if header.get("config"):
         facts["model"] = model_name(header["config"], header.get("objective"))
-        facts |= _model(header["config"], header.get("pos_embed_scale"), _pixels(header))
+        facts |= _model(
+            header["config"], header.get("pos_embed_scale"), image_pixels(header, header["config"], str(path))
+        )
     return {**facts, **_rest(header)}
 
 
@@ -115,11 +117,6 @@ def _model(config: dict[str, Any], pos_embed_scale: float | None, image_size: in
         "num_heads": "not recorded" if config["num_heads"] is None else config["num_heads"],
         "positions": "not sine-cosine" if pos_embed_scale is None else f"scaled by {pos_embed_scale:g}",
     }
-
-
-def _pixels(header: dict[str, Any]) -> int:
-    config = header["config"]
-    return header.get("image_size") or config["input_size"] * pixels_per_cell(config["in_channels"])
 
 
 def _rest(header: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import yaml
-
+from .._files import parse_yaml
+from .._words import shown
 from ..errors import DiffFitError
 from ..train.config import TrainConfig
 from ..train.settings import Setting, flag, settings_of
@@ -54,7 +54,7 @@ def _pairs(name: str, words: list[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not (key and equals and value):
             raise DiffFitError(f"{flag(name)} expects key=value; got {word!r}")
-        pairs[key.replace("-", "_")] = yaml.safe_load(value)
+        pairs[key.replace("-", "_")] = parse_yaml(value, f"{flag(name)} {shown(word)}")
     return pairs
 
 

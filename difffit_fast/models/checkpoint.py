@@ -310,6 +310,8 @@ def describe(weights: Weights) -> ModelFile:
     header = decode_header(weights.header, source)
     config, rows = _sizes(state, source), state[TABLE].shape[0]
     recorded = header.get("config") or {}
+    if "mlp_ratio" in recorded and mlp_hidden(config) == mlp_hidden({**config, "mlp_ratio": recorded["mlp_ratio"]}):
+        config["mlp_ratio"] = recorded["mlp_ratio"]  # channels are whole numbers, of which many ratios give the same
     for key, value in recorded.items():
         if key in config and config[key] != value:
             raise DiffFitError(f"{source} records {key} {value}, but its tensors have {config[key]}")
@@ -331,10 +333,7 @@ def describe(weights: Weights) -> ModelFile:
     config |= {"num_classes": classes, "class_dropout_prob": prob}
     table = state["pos_embed"][0]
     scale = header["pos_embed_scale"] if "pos_embed_scale" in header else find_scale(table)
-    cell = pixels_per_cell(config["in_channels"])
-    image_size = header.get("image_size") or config["input_size"] * cell
-    if image_size % config["input_size"]:
-        raise DiffFitError(f"{source} records an image size of {image_size} for {config['input_size']} cells")
+    image_size = image_pixels(header, config, source)
     objective = header.get("objective") or (model_objective(script["model"]) if known else None)
     said = frozenset(recorded) | frozenset(known)
     named = weights.name, weights.names
@@ -376,11 +375,34 @@ def _sizes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     if numbers != {str(i) for i in range(depth)}:
         odd = sorted(numbers - {str(i) for i in range(depth)})[0]
         raise DiffFitError(f"{source} has a block {odd!r}, but {depth} blocks in all: they should be numbered from 0")
-    mlp = shape("blocks.0.mlp.fc1.weight", None, hidden)[0] / hidden if depth else 4.0
+    if not depth:
+        raise DiffFitError(f"{source} has no blocks")
+    rows = shape("blocks.0.mlp.fc1.weight", None, hidden)[0]
+    mlp = rows / hidden
+    if int(mlp * hidden) < rows:  # the nearest float is below
+        mlp = math.nextafter(mlp, math.inf)
     return dict(
         input_size=side * p, patch_size=p, in_channels=channels, hidden_size=hidden, depth=depth, mlp_ratio=mlp,
         learn_sigma=outputs == 2 * channels * p * p,
     )  # fmt: skip
+
+
+def mlp_hidden(config: Mapping[str, Any]) -> int:
+    """The hidden channels of a block's MLP."""
+    return int(config["hidden_size"] * config["mlp_ratio"])
+
+
+def image_pixels(header: Mapping[str, Any], config: Mapping[str, Any], source: str) -> int:
+    """The side of a model's images, as its header says, else by :func:`pixels_per_cell`.
+
+    Raises:
+        DiffFitError: what the header says is no multiple of the input's cells.
+    """
+    cells = config["input_size"]
+    pixels = header.get("image_size") or cells * pixels_per_cell(config["in_channels"])
+    if pixels % cells:
+        raise DiffFitError(f"{source} records an image size of {pixels} for {cells} cells")
+    return pixels
 
 
 def pixels_per_cell(in_channels: int) -> int:

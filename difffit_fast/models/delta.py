@@ -97,6 +97,8 @@ def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         raise DiffFitError(f"{path} is not a delta of difffit_fast: its metadata does not say so")
     if missing := [key for key in ("config", "difffit", "base_hash", "pos_embed_scale") if header.get(key) is None]:
         raise DiffFitError(f"{path} cannot be used: its metadata lacks {missing[0]}")
+    if missing := sorted({f.name for f in dataclasses.fields(DiffFitConfig)} - set(header["difffit"])):
+        raise DiffFitError(f"{path} cannot be used: difffit in its metadata lacks {missing[0]}")
     header["difffit"] = DiffFitConfig.resolve(header["difffit"])
     try:
         with safe_open(path, "pt") as file:
@@ -121,7 +123,8 @@ def _check_sizes(tensors: Mapping[str, Tensor], header: Mapping[str, Any], sourc
             raise DeltaMismatchError(
                 f"{source}: {name} is {tuple(tensor.shape)}; its metadata says that the width is {hidden}"
             )
-    if header.get("random_base") is not None and len(numbers) < depth:
+    everywhere = header["difffit"].bias or header["difffit"].affine_norm  # something of every block is trained
+    if (everywhere or header.get("random_base") is not None) and len(numbers) < depth:
         raise DeltaMismatchError(f"{source} has {len(numbers)} blocks; its metadata says {depth}")
 
 

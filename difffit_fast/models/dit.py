@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -399,7 +400,16 @@ _MOST_TOKENS = 1 << 18
 
 
 def check_dit_config(config: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for constructor arguments that make no DiT."""
+    """Raise ``ValueError`` for constructor arguments that make no DiT: of another type, out of bounds, or at odds."""
+    for name, value in config.items():
+        if name == "learn_sigma":
+            kind, fits = "true or false", isinstance(value, bool)
+        else:
+            real = name in ("mlp_ratio", "class_dropout_prob")
+            kind, type_ = ("a number", numbers.Real) if real else ("a whole number", numbers.Integral)
+            fits = isinstance(value, type_) and not isinstance(value, bool)
+        if not fits:
+            raise ValueError(f"{name} must be {kind}, got {shown(value)}")
     for name, most in _LARGEST.items():
         least = 0 if name in ("depth", "mlp_ratio") else 1
         if not least <= config[name] <= most:

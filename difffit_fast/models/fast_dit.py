@@ -73,6 +73,8 @@ class FastDiffFitDiT(DiT):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.depth < 1:
+            raise DiffFitError(f"DiffFit fine-tunes blocks, and there must be at least one; got depth {self.depth}")
         if attention not in BACKENDS:
             raise DiffFitError(f"attention must be one of {', '.join(BACKENDS)}; got {attention!r}")
         if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from .._files import read_yaml
+from .._words import shown
 from ..errors import DiffFitError
-from .checkpoint import ModelFile, pixels_per_cell, read_model
+from .checkpoint import ModelFile, image_pixels, read_model
 from .delta import read_delta
 from .dit import DiT
 from .fast_dit import FastDiffFitDiT
@@ -75,8 +76,7 @@ def load_model(
         model, header, objective, pixels = file.dit(), file.header, file.objective, file.image_size
     else:
         header = read_delta(delta)[1]
-        cell = pixels_per_cell(header["config"]["in_channels"])
-        pixels = header.get("image_size") or header["config"]["input_size"] * cell
+        pixels = image_pixels(header, header["config"], str(delta))
         objective = header.get("objective")
         said = ModelFile({}, header["config"], str(delta), objective, 1.0, pixels, header, frozenset(header["config"]))
         said = said.expect(name=name, num_heads=num_heads, num_classes=num_classes)
@@ -138,4 +138,9 @@ def _base_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str
     if folder.name != "checkpoints" or not settings.is_file():
         raise DiffFitError(f"the base of {delta} is not known: it does not lie in its run folder; give --ckpt")
     run = read_yaml(settings)
-    return run.get("ckpt"), run.get("global_seed", 0)
+    ckpt, seed = run.get("ckpt"), run.get("global_seed", 0)
+    if ckpt is not None and (not isinstance(ckpt, str) or not ckpt):
+        raise DiffFitError(f"ckpt in {settings} should be a path or null; it is {shown(ckpt)}; give --ckpt")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
+        raise DiffFitError(f"global_seed in {settings} should be a whole number of 64 bits; it is {shown(seed)}")
+    return ckpt, seed

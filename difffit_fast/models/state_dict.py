@@ -18,6 +18,7 @@ import os
 import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .._files import safetensors_metadata
-from .._words import first_line
+from .._files import read_json, safetensors_metadata
+from .._words import first_line, shown
 from ..errors import DiffFitError
 from .dit import STATE_DICT_KEY
 from .header import decode_header
@@ -118,7 +119,7 @@ def find_weights(
     name = _choose(sets, content, source, weights)
     found = sets[name]
     check_finite(found.state, source)
-    header = dict(strings or {}) or _header_beside(found.containers)
+    header = dict(strings or {}) or _header_beside(found.containers, source)
     return Weights(found.state, source, name, tuple(sorted(sets)), header, _arguments(content))
 
 
@@ -136,7 +137,7 @@ def weight_sets(content: Mapping[Any, Any], source: str) -> dict[str, _Set]:
     Raises:
         DiffFitError: there is none, or a key that belongs to no DiT stands among its keys.
     """
-    tensors = list(_tensors(content, (), content))
+    tensors = list(_tensors(content, (), content, Counter(), source))
     places: dict[str, list[tuple[str, Tensor, Mapping[Any, Any]]]] = {}
     by_path: dict[str, tuple[Tensor, Mapping[Any, Any]]] = {}
     for words, tensor, container in tensors:
@@ -154,6 +155,9 @@ def weight_sets(content: Mapping[Any, Any], source: str) -> dict[str, _Set]:
     sets = {}
     for start, members in places.items():
         homes = [container for key, _, container in members if key == ANCHOR]
+        for home in homes:
+            if odd := [key for key, value in home.items() if not isinstance(key, str) and isinstance(value, Tensor)]:
+                raise DiffFitError(f"{source} is not a DiT: it has a tensor under {shown(odd[0])}, which is no name")
         state, averaged = {}, _is_averaged(start)
         for key, tensor, container in members:
             root = key.split(".")[0]
@@ -170,15 +174,18 @@ def weight_sets(content: Mapping[Any, Any], source: str) -> dict[str, _Set]:
 
 
 def _tensors(
-    value: Any, words: tuple[str, ...], container: Mapping[Any, Any]
+    value: Any, words: tuple[str, ...], container: Mapping[Any, Any], visits: Counter[int], source: str
 ) -> Iterator[tuple[tuple[str, ...], Tensor, Mapping[Any, Any]]]:
     """Every tensor in nested mappings, with the words of its path and the mapping that holds it."""
     if isinstance(value, Tensor):
         yield words, value, container
     elif isinstance(value, Mapping) and len(words) < 64:
+        visits[id(value)] += 1
+        if visits[id(value)] > 64:  # a few kilobytes of them can stand for more paths than anyone can walk
+            raise DiffFitError(f"{source} holds the same dictionary over and over; the file is broken")
         for key, inner in value.items():
             if isinstance(key, str):
-                yield from _tensors(inner, (*words, *key.split(".")), value)
+                yield from _tensors(inner, (*words, *key.split(".")), value, visits, source)
 
 
 def _is_averaged(start: str) -> bool:
@@ -216,7 +223,7 @@ def _has_unnamed_average(value: Any, depth: int = 0) -> bool:
     if not isinstance(value, Mapping) or depth > 3:
         return False
     return isinstance(value.get("shadow_params"), list) or any(
-        _has_unnamed_average(v, depth + 1) for v in value.values()
+        _has_unnamed_average(v, depth + 1) for key, v in value.items() if isinstance(key, str)
     )
 
 
@@ -251,8 +258,9 @@ _REPEATED = 64 << 20  # bytes by which a view may repeat what is stored
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     """Raise :class:`DiffFitError` unless every tensor is dense, of floating numbers of at least 16 bits, and finite."""
     for key, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FLOATING:
-            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        dense = tensor.layout == torch.strided and not tensor.is_nested
+        if not dense or tensor.is_quantized or tensor.dtype not in FLOATING:
+            kind = "nested" if tensor.is_nested else tensor.dtype if dense else tensor.layout
             raise DiffFitError(
                 f"{source}: {key} is {str(kind).removeprefix('torch.')}; weights must be dense, float64, float32, "
                 "bfloat16 or float16 (a quantised checkpoint has to be dequantised first)"
@@ -270,16 +278,28 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
 
 
 # -- what else the file says -------------------------------------------------------------------------------------------
-def _header_beside(containers: list[Mapping[Any, Any]]) -> dict[str, Any]:
-    """The header that a state dict carries in its metadata."""
+def _header_beside(containers: list[Mapping[Any, Any]], source: str) -> dict[str, Any]:
+    """The header that a state dict carries in its metadata.
+
+    Raises:
+        DiffFitError: what stands there under this package's name is no header of a model.
+    """
     for container in containers:
         metadata = getattr(container, "_metadata", None)
         for entry in metadata.values() if isinstance(metadata, Mapping) else []:
             text = entry.get(STATE_DICT_KEY) if isinstance(entry, Mapping) else None
-            with contextlib.suppress(TypeError, ValueError):
+            if text is None:
+                continue
+            try:
                 said = json.loads(text)
-                if isinstance(said, dict):  # strings of a whole header, or values of a model's own
-                    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in {"kind": "model", **said}.items()}
+            except (TypeError, ValueError, RecursionError):
+                said = None
+            if not isinstance(said, dict) or said.setdefault("kind", "model") != "model":
+                raise DiffFitError(
+                    f"{source}: what its state dict says of itself is no header of a model: {shown(text)}"
+                )
+            # strings of a whole header, or values of a model's own
+            return {k: v if isinstance(v, str) else json.dumps(v) for k, v in said.items()}
     return {}
 
 
@@ -299,7 +319,8 @@ def _file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise DiffFitError(f"checkpoint not found: {path}")
+        where = "" if path.is_absolute() else f" (from the folder {Path.cwd()})"
+        raise DiffFitError(f"checkpoint not found: {path}{where}")
     for name in (*INDEX_FILES, *WEIGHT_FILES):
         if (path / name).is_file():
             return path / name
@@ -345,6 +366,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.split("/", 1)[-1] for name in archive.namelist()}
+            unpacked = sum(entry.file_size for entry in archive.infolist())
     except Exception as error:  # names that are no text, sizes beyond 64 bits, and more
         raise DiffFitError(f"cannot read checkpoint {path}: it is damaged or was cut short ({error})") from error
     if "constants.pkl" in names:
@@ -353,6 +375,8 @@ def _check_archive(path: Path) -> None:
         )
     if "data.pkl" not in names:
         raise DiffFitError(f"cannot read checkpoint {path}: it is a zip archive, but not one of torch.save")
+    if unpacked > 16 * path.stat().st_size + _REPEATED:  # torch.save compresses nothing
+        raise DiffFitError(f"cannot read checkpoint {path}: its {path.stat().st_size:,} bytes unpack to {unpacked:,}")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -364,31 +388,45 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """A checkpoint in several files, by its index."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(index.values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DiffFitError(f"{path} is not the index of a sharded checkpoint: {first_line(error)}") from error
-    if outside:
-        raise DiffFitError(f"{path} names the shard {outside[0]!r}, which does not lie beside it")
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise DiffFitError(
+            f"{path} is not the index of a sharded checkpoint: weight_map should lead from keys to files"
+        )
+    names = sorted(set(index.values()))
+    if outside := [name for name in names if not name or Path(name).name != name]:
+        raise DiffFitError(f"{path} names the shard {shown(outside[0])}, which does not lie beside it")
     content: dict[str, Any] = {}
     strings: dict[str, str] = {}
     for name in names:
         shard = path.with_name(name)
-        if not shard.is_file():
-            raise DiffFitError(f"{path} names the shard {name}, which is missing")
-        if is_safetensors(shard):
-            content |= _read_safetensors(shard)
-            strings |= safetensors_metadata(shard)
-        else:
-            part = _read_torch(shard)
-            if not isinstance(part, Mapping):
-                raise DiffFitError(f"{shard} holds a {type(part).__name__}, not a state dict")
-            content |= part
-    if lost := sorted(set(index) - set(content)):
-        raise DiffFitError(f"{path} names {lost[0]}, which none of its shards holds")
+        if not _is_file(shard):
+            raise DiffFitError(f"{path} names the shard {name:.80}, which is missing")
+        part = _read_shard(shard, strings)
+        if lost := sorted(key for key, home in index.items() if home == name and key not in part):
+            raise DiffFitError(f"{path} names {shown(lost[0])} in {name}, which does not hold it")
+        if twice := [key for key in part if key in content]:
+            raise DiffFitError(f"{path}: two of its shards hold {shown(twice[0])}")
+        content |= part
     return content, strings
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for a file
+        return False
+
+
+def _read_shard(shard: Path, strings: dict[str, str]) -> Mapping[str, Any]:
+    """What one of several files holds; its metadata joins ``strings``."""
+    if is_safetensors(shard):
+        strings |= safetensors_metadata(shard)
+        return _read_safetensors(shard)
+    part = _read_torch(shard)
+    if not isinstance(part, Mapping):
+        raise DiffFitError(f"{shard} holds a {type(part).__name__}, not a state dict")
+    return part
 
 
 class StandIn:

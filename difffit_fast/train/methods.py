@@ -122,11 +122,12 @@ def _random_base(config: TrainConfig, channels: int, input_size: int, num_classe
     warnings.warn(
         "no --ckpt: the frozen weights are random, made from the seed; this is for trying things out", stacklevel=3
     )
-    prob = 0.1 if config.class_dropout_prob is None else config.class_dropout_prob
-    sizes = {**model_sizes(config.model or DEFAULT_MODEL), **config.model_args}
+    sizes = {"class_dropout_prob": 0.1, **model_sizes(config.model or DEFAULT_MODEL), **config.model_args}
+    if config.class_dropout_prob is not None:
+        sizes["class_dropout_prob"] = config.class_dropout_prob
     if config.num_heads is not None:
         sizes["num_heads"] = config.num_heads
-    sizes |= dict(class_dropout_prob=prob, input_size=input_size, in_channels=channels, num_classes=num_classes)
+    sizes |= dict(input_size=input_size, in_channels=channels, num_classes=num_classes)
     return random_dit(sizes, config.global_seed, alive=config.method != "full")
 
 
