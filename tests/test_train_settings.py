@@ -11,13 +11,14 @@ import torch
 import yaml
 from training import TINY, digits, flags
 
+from difffit_fast._bounds import FRACTION, FROM_ONE, POSITIVE, Bounds
 from difffit_fast.cli import main
 from difffit_fast.data import ImageFolder, visit_seed
 from difffit_fast.data.extract import ExtractConfig, Extraction
 from difffit_fast.errors import DiffFitError
 from difffit_fast.models.header import read_header
 from difffit_fast.train import TrainConfig
-from difffit_fast.train.settings import FRACTION, FROM_ONE, POSITIVE, Bounds, option, settings_of
+from difffit_fast.train.settings import option, settings_of
 from difffit_fast.train.source import open_source
 
 SETTINGS = settings_of(TrainConfig)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._bounds import BATCH, IMAGES, SEED, SIDE, STEPS, Bounds, check_whole
 from .._devices import choose_device
 from .._files import check_target, sha256
 from .._processes import World
-from .._words import shown
 from ..errors import DiffFitError
 from ..models.sizes import model_name
 from ..sample.sampler import DDPM_SAMPLERS, FLOW_METHODS, SAMPLERS
@@ -75,20 +76,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_MOST = {
-    "num_sampling_steps": 100_000, "num_images": 10_000, "num_fid_samples": 10**9, "per_proc_batch_size": 1 << 20,
-    "image_size": 1 << 16, "num_heads": 1 << 12,
+_BOUNDS = {
+    "num_sampling_steps": STEPS, "num_images": Bounds(1, 10_000), "num_fid_samples": IMAGES, "per_proc_batch_size": BATCH,
+    "image_size": SIDE, "num_heads": Bounds(1, 1 << 12), "seed": SEED,
 }  # fmt: skip
 
 
 def _check(args: argparse.Namespace) -> None:
     """What can be said before anything is loaded."""
-    for name, most in _MOST.items():
-        value = getattr(args, name)
-        if value is not None and not 1 <= value <= most:
-            raise DiffFitError(f"--{name.replace('_', '-')} must be at least 1 and at most {most}; got {shown(value)}")
-    if not 0 <= args.seed < 1 << 64:
-        raise DiffFitError(f"--seed must be at least 0 and less than 2**64; got {shown(args.seed)}")
+    for name, bounds in _BOUNDS.items():
+        if getattr(args, name) is not None:
+            check_whole(f"--{name.replace('_', '-')}", getattr(args, name), bounds)
     if args.ckpt is None and args.delta is None:
         raise DiffFitError("nothing to sample from: give --ckpt, or --delta, or both")
     if args.merge and args.delta is None:
@@ -171,7 +169,7 @@ def _sample_grid(args: argparse.Namespace, sampler: Any) -> None:
 
 
 def _sample_folder(args: argparse.Namespace, sampler: Any, world: Any) -> None:
-    from ..sample import sample_to_folder
+    from ..sample.folder import other_images, sample_to_folder
 
     files = {name: getattr(args, name) for name in ("ckpt", "delta") if getattr(args, name)}
     settings = {f"{name}_sha256": sha256(Path(path)) for name, path in files.items()} if world.main else {}
@@ -188,6 +186,12 @@ def _sample_folder(args: argparse.Namespace, sampler: Any, world: Any) -> None:
     )
     if world.main:
         print(f"{folder}: {args.num_fid_samples} images\n{npz}: the same for evaluation")
+        if others := other_images(folder, args.num_fid_samples):
+            print(
+                f"note: {folder} holds {len(others)} more images (the first: {others[0].name}); the .npz leaves them out, "
+                "evaluating the folder does not",
+                file=sys.stderr,
+            )
 
 
 def folder_name(args: argparse.Namespace, sampler: Any) -> str:

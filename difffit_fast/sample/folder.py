@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from .._bounds import IMAGES, SEED, check_whole
 from .._files import read_json, replacing, sweep, write_json
 from .._processes import World
 from ..data.pixels import ImageError, read_pixels
+from ..data.vae import PixelSpace
 from ..errors import DiffFitError
-from .images import is_whole_png, save_png, to_uint8
+from .images import is_whole_png, png_kind, save_png, to_uint8
 from .sampler import Sampler, resolve_labels
 
 SETTINGS_FILE = "sampling.json"
@@ -51,15 +53,21 @@ def sample_to_folder(
         DiffFitError: the folder was begun with other settings, or cannot be written.
     """
     processes = processes or World()
-    if num_images < 1:
-        raise DiffFitError(f"the number of images must be at least 1; got {num_images}")
+    check_whole("the number of images", num_images, IMAGES)
+    check_whole("the seed", seed, SEED)
     sampler.check_decoder()
     y = image_labels(sampler, num_images, labels, seed)
     folder = Path(folder)
     mine = {**sampler_settings(sampler), "seed": seed, "labels": None if labels is None else list(labels)}
     processes.main_first(lambda: _prepare(folder, {**mine, **(settings or {})}))
-    todo = [i for i in range(processes.rank, num_images, processes.size) if not is_whole_png(png_path(folder, i))]
-    error = None
+    todo, error = [], None
+    try:
+        todo = [
+            i for i in range(processes.rank, num_images, processes.size) if not _is_sample(sampler, png_path(folder, i))
+        ]
+    except DiffFitError as caught:
+        error = caught
+    processes.agree(error)
     with tqdm(total=len(todo), unit="img", desc="sample", disable=not progress or processes.rank != 0) as bar:
         try:
             for start in range(0, len(todo), sampler.batch_size):
@@ -82,6 +90,35 @@ def sample_to_folder(
 def png_path(folder: Path, index: int) -> Path:
     """``folder/000123.png``."""
     return folder / f"{index:06d}.png"
+
+
+def other_images(folder: Path, num_images: int) -> list[Path]:
+    """PNG files in ``folder`` besides the first ``num_images`` samples."""
+    mine = {png_path(folder, i).name for i in range(num_images)}
+    return sorted(path for path in folder.glob("*.png") if path.name not in mine)
+
+
+def _is_sample(sampler: Sampler, path: Path) -> bool:
+    """Whether ``path`` is a whole file as the sampler makes them; a torn or missing one is made (again).
+
+    Raises:
+        DiffFitError: a whole PNG of another size or mode: not made here, so not replaced either.
+    """
+    if not is_whole_png(path):
+        return False
+    side = sampler.model.input_size * sampler.vae.factor
+    gray = isinstance(sampler.vae, PixelSpace) and sampler.model.in_channels == 1
+    expected, found = (side, side, 8, 0 if gray else 2), png_kind(path)
+    if found != expected:
+        raise DiffFitError(
+            f"{path} is {_kind(*found)}; the samples are {_kind(*expected)}. Move it away, or use another folder"
+        )
+    return True
+
+
+def _kind(width: int, height: int, bits: int, colours: int) -> str:
+    names = {0: "gray", 2: "RGB", 3: "of a palette", 4: "gray with alpha", 6: "RGB with alpha"}
+    return f"{width}x{height}, {names.get(colours, f'of colour type {colours}')}, {bits} bits"
 
 
 def image_labels(sampler: Sampler, num_images: int, labels: Sequence[int | str] | None, seed: int) -> list[int]:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from .._files import replacing
+from ..errors import DiffFitError
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C).
 
     ``127.5 x + 128``, cut off below the point and clamped to 0..255: the rounding of the public evaluation scripts.
+
+    Raises:
+        DiffFitError: a value is NaN or infinite; it would become a black or a white pixel.
     """
+    if bad := int((~torch.isfinite(images)).flatten(1).any(1).sum()) if images.numel() else 0:
+        raise DiffFitError(f"{bad} of {len(images)} images have values that are NaN or infinite")
     pixels = (images.detach().float() * 127.5 + 128).clamp(0, 255).byte()
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -40,6 +48,15 @@ def is_whole_png(path: Path) -> bool:
     except OSError:
         return False
     return head == b"\x89PNG\r\n\x1a\n" and tail[4:] == b"IEND"
+
+
+def png_kind(path: Path) -> tuple[int, int, int, int]:
+    """Width, height, bits and colour type (0 gray, 2 RGB) that the head of a PNG states."""
+    with open(path, "rb") as file:
+        head = file.read(26)
+    if head[12:16] != b"IHDR" or len(head) < 26:
+        raise DiffFitError(f"{path} is not a PNG that can be read: it does not begin with its size")
+    return struct.unpack(">IIBB", head[16:26])
 
 
 def save_grid(

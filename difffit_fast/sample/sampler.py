@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._words import nearest, shown
+from .._bounds import BATCH, GUIDANCE, NOT_NEGATIVE, SEED, STEPS, check_number, check_whole
+from .._words import nearest
 from ..data.vae import LatentSpace, PixelSpace, load_vae
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, create_diffusion, randn, solver_sample_loop
 from ..diffusion.flow import METHODS as FLOW_METHODS
@@ -23,8 +24,6 @@ from ..models.dit import guided_forward, num_guided_channels
 
 DDPM_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 SAMPLERS = (*DDPM_SAMPLERS, *FLOW_METHODS)
-# Far beyond what anybody means.
-MOST_STEPS, MOST_IMAGES, MOST_GUIDANCE = 100_000, 1 << 20, 1000.0
 
 
 class NonFiniteSampleError(DiffFitError):
@@ -74,15 +73,12 @@ class Sampler:
     ) -> None:
         if sampler not in SAMPLERS:
             raise DiffFitError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
-        for what, value, most in (
-            ("num_sampling_steps", num_sampling_steps, MOST_STEPS), ("batch_size", batch_size, MOST_IMAGES),
-        ):  # fmt: skip
-            if not 1 <= value <= most:
-                raise DiffFitError(f"{what} must be from 1 to {most}; got {shown(value)}")
-        if not 0 <= cfg_scale <= MOST_GUIDANCE:
-            raise DiffFitError(f"cfg_scale must be from 0 to {MOST_GUIDANCE}; got {cfg_scale}")
-        if not 0 <= eta <= 1:
-            raise DiffFitError(f"eta must be in 0..1; got {eta}")
+        check_whole("num_sampling_steps", num_sampling_steps, STEPS)
+        check_whole("batch_size", batch_size, BATCH)
+        check_number("cfg_scale", cfg_scale, GUIDANCE)
+        check_number("eta", eta, NOT_NEGATIVE)
+        if eta > 1:
+            raise DiffFitError(f"eta must be at most 1; got {eta}")
         self.model = model if device is None else model.to(device)
         self.device = next(model.parameters()).device
         self.sampler = sampler
@@ -119,6 +115,7 @@ class Sampler:
         """
         y = resolve_labels(labels, self.model.num_classes, self.class_names)
         indices = range(len(y)) if indices is None else indices
+        check_whole("the seed", seed, SEED)
         if len(indices) != len(y):
             raise ValueError(f"expected one index per label, {len(y)}; got {len(indices)}")
         if decode:

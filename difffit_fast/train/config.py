@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
+from .._bounds import FRACTION, FROM_ONE, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED
 from .._files import read_yaml, write_text
 from .._words import nearest
 from ..errors import DiffFitError
 from ..models.classes import CLASSES
-from .settings import FRACTION, FROM_ONE, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED, flag, option, settings_of
+from .settings import flag, option, settings_of
 
 # The learning rates that the paper and the public scripts use: ten times higher where little is trained.
 DEFAULT_LR = {"full": 1e-4, "lora": 1e-4}

@@ -10,32 +10,9 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .._bounds import Bounds
 from .._words import shown
 from ..errors import DiffFitError
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The numbers from ``low`` (itself left out where ``open``) up to, and not including, ``below``."""
-
-    low: float
-    below: float = math.inf
-    open: bool = False
-
-    def objection(self, value: float) -> str | None:
-        """What ``value`` fails to be, as in "must be ..."; None where it is within. NaN never is."""
-        from_low = (
-            "positive" if self.open and not self.low else f"{'more than' if self.open else 'at least'} {self.low}"
-        )
-        to_high = "finite" if self.below == math.inf else f"less than {self.below}"
-        if not (value > self.low or (value == self.low and not self.open)):
-            return from_low
-        return None if value < self.below else f"{from_low} and {to_high}"
-
-
-# Whole numbers end where 64 bits do; seeds have no sign.
-FROM_ONE, FROM_ZERO, SEED = Bounds(1, 1 << 63), Bounds(0, 1 << 63), Bounds(0, 1 << 64)
-NOT_NEGATIVE, POSITIVE, FRACTION = Bounds(0), Bounds(0, open=True), Bounds(0, below=1)
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
 
