@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tracemalloc
 import warnings
@@ -501,13 +502,13 @@ def test_one_bad_image_never_ends_an_evaluation(image_folders, tmp_path):
     assert any("the reference is of 30 of its 31 images" in note for note in result["notes"])
 
 
-def test_a_damaged_npz_is_said_to_end_early(tmp_path):
+def test_an_npz_that_claims_more_than_it_holds_is_refused(tmp_path):
     header = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
     text = b"{'descr': '|u1', 'fortran_order': False, 'shape': (9, 4, 4, 3), }"
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         archive.writestr("arr_0.npy", header + text.ljust(117) + b"\n" + bytes(4 * 48))
-    with pytest.raises(DiffFitError, match="ends after 4 of 9 images"):
-        list(open_images(tmp_path / "short.npz").batches(9))
+    with pytest.raises(DiffFitError, match=r"claims uint8 \[9, 4, 4, 3\], 432 bytes; there are 192"):
+        open_images(tmp_path / "short.npz")
 
 
 def test_features_that_do_not_fit_are_refused(image_folders):
@@ -636,11 +637,109 @@ def test_statistics_files_that_are_wrong_are_refused(tmp_path):
     with pytest.raises(DiffFitError, match=r"a mean \[D\] and a covariance"):
         ev.load_statistics(tmp_path / "shape.npz")
     (tmp_path / "broken.npz").write_bytes(b"PK")
-    with pytest.raises(DiffFitError, match="cannot be read as statistics"):
+    with pytest.raises(DiffFitError, match="is not a .npz file, or damaged"):
         ev.load_statistics(tmp_path / "broken.npz")
 
 
+def first_five(x):
+    return x.float().flatten(1)[:, :5] / 255
+
+
+def some_images(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (lambda x: first_five(x)[:, :0], "must be real and at least one"),
+        (lambda x: first_five(x) * 1j, "must be real and at least one; got torch.complex64"),
+        (lambda x: first_five(x).double() * 1e200, "too large|not finite"),
+        (lambda x: first_five(x).double() * 1e120, "not finite; means and covariances are as large as"),
+        (lambda x: first_five(x) * float("nan"), "6 of 6 images are NaN or infinite"),
+    ],
+)
+def test_features_that_measure_nothing_are_refused(features, message):
+    """Of none, or of imaginary ones, every distance would be a perfect zero."""
+    with pytest.raises(DiffFitError, match=message):
+        ev.compare(some_images(6), some_images(6, 1), features=features)
+    assert ev.compare(some_images(6), some_images(6, 1), features=first_five)["fd"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": -1}, "num_images must be at least 1; got -1"),
+        ({"num_samples": 0}, "num_images must be at least 1; got 0"),
+        ({"num_samples": 1}, "holds 1 image; at least 2"),
+        ({"num_samples": 2.5}, "num_images must be a whole number"),
+        ({"batch_size": 10**12}, "batch_size must be at least 1 and less than"),
+        ({"batch_size": float("nan")}, "batch_size must be a whole number; got nan"),
+        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"image_size": 10**9}, "image_size must be at least 1 and less than"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(options, message):
+    with pytest.raises(DiffFitError, match=message):
+        ev.compare(some_images(6), some_images(6, 1), features=first_five, **options)
+
+
+def test_a_matrix_that_is_no_covariance_gives_no_distance(tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(5), sigma=-np.eye(5))
+    with pytest.raises(DiffFitError, match="negative eigenvalue"):
+        ev.load_statistics(tmp_path / "s.npz")
+    with pytest.raises(DiffFitError, match="must be real"):
+        ev.frechet_distance(np.zeros(2), np.eye(2) * 1j, np.zeros(2), np.eye(2))
+    with pytest.raises(DiffFitError, match="not finite"):
+        ev.frechet_distance(np.zeros(2), np.eye(2) * 1e308, np.zeros(2), np.eye(2) * 1e308)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_looks_wrong_in_the_sets_is_noted(image_folders):
+    def notes(samples, reference=image_folders[1]):
+        return " ".join(ev.compare(samples, reference, features=lambda x: first_five(x)[:, :2])["notes"])
+
+    same, other_range = "are the same images", "expected are -1 .black. to 1"
+    assert same in notes(image_folders[0], image_folders[0]) and same not in notes(image_folders[0])
+    values = torch.rand(6, 3, 8, 8)
+    assert re.search(other_range, notes(values)) and re.search(other_range, notes(values * 255))
+    assert not re.search(other_range, notes(values * 2.4 - 1.2))  # samples leave the range by a little
+
+
 # --- the command ---
+
+
+def test_numbers_are_in_the_file_before_they_are_printed(tmp_path, monkeypatch):
+    from difffit_fast.cli import eval as command
+
+    for i in range(2):
+        np.savez(tmp_path / f"{i}.npz", arr_0=some_images(6, i))
+    code = "def f(x): return x.float().flatten(1)[:, :5]\n\ndef bad(x): return f(x) * float('nan')\n"
+    (tmp_path / "own_features.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["eval", str(tmp_path / "0.npz"), str(tmp_path / "1.npz"), "--quiet", "--json", str(tmp_path / "n.json")]
+    printed = []
+    table = command.format_table
+    monkeypatch.setattr(command, "format_table", lambda r: printed.append((tmp_path / "n.json").exists()) or table(r))
+    assert main([*given, "--features", "own_features:f"]) == 0 and printed == [True]
+    assert json.loads((tmp_path / "n.json").read_text(), parse_constant=pytest.fail)["results"][0]["fd"] > 0
+    (tmp_path / "n.json").unlink()
+    assert main([*given, "--features", "own_features:f,own_features:bad"]) == 2
+    assert printed == [True, False]  # what was measured is still said; the file is written whole or not
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--batch-size", "0"], ["--batch-size", str(10**30)], ["--image-size", "-1"], ["--seed", "-1"], ["--num-samples", "1"],
+     ["--seed", str(1 << 64)], ["--device", "mps"]],
+)  # fmt: skip
+def test_eval_refuses_numbers_in_one_sentence(words, tmp_path, capsys):
+    np.savez(tmp_path / "i.npz", arr_0=some_images(6))
+    assert (
+        main(["eval", str(tmp_path / "i.npz"), str(tmp_path / "i.npz"), "--features", "random-inception", *words]) == 2
+    )
+    said = capsys.readouterr().err
+    assert said.startswith(f"difffit eval: {words[0]} must be") and said.count("\n") == 1
 
 
 def few(folder, target, count):

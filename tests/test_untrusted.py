@@ -4,11 +4,13 @@ have bytes to show for."""
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -318,10 +320,21 @@ GOOD = {"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((4, 3), np.f
         ({"mu": np.zeros((3, 1))}, r"needs a mean \[D\]"),
         ({"mu": np.full(3, np.nan)}, "NaN or infinite"),
         ({"sigma": np.array([[1, 9, 0], [0, 1, 0], [0, 0, 1.0]])}, "not symmetric"),
-        ({"mu": np.array([{}, 1, 2], dtype=object)}, "cannot be read as statistics"),
+        ({"mu": np.array([{}, 1, 2], dtype=object)}, "mu of .* holds Python objects"),
         ({"features": np.zeros((4, 2), np.float32)}, r"features should be .* \(N, 3\)"),
         ({"features": np.full((4, 3), np.inf, np.float32)}, "features should be finite"),
         ({"features": np.zeros((4, 3), np.int64)}, "features should be finite floating"),
+        ({"features": np.full((4, 3), 1e300)}, "features should be finite floating numbers of float32's range"),
+        ({"features": np.zeros((0, 3), np.float32)}, "features should be finite"),
+        ({"sigma": -np.eye(3)}, "negative eigenvalue"),
+        ({"sigma": np.array([[1, 2, 0], [2, 1, 0], [0, 0, 1.0]])}, r"negative eigenvalue \(-1"),
+        ({"mu_s": np.zeros(2), "sigma_s": -np.eye(2)}, "spatial.*negative eigenvalue"),
+        ({"mu_s": np.zeros(2)}, "mu_s without its partner"),
+        ({"sigma": np.eye(3) * 1j}, "must be real"),
+        ({"sigma": np.ones((3, 4))}, r"a covariance \[D, D\]"),
+        ({"mu": np.zeros(9000), "sigma": np.zeros((1, 1))}, "at most 8192 features"),
+        ({"difffit_fast": np.array('{"version": 2}')}, "is of version 2; this program reads version 1"),
+        ({"difffit_fast": np.array('{"count": 5}')}, "features of 4 images; its note says 5"),
         ({"difffit_fast": np.array("[")}, "its note is not JSON"),
         ({"difffit_fast": np.array("[" * 100_000)}, "its note is not JSON"),
         ({"difffit_fast": np.array("[1]")}, "its note should be a JSON object"),
@@ -337,6 +350,51 @@ def test_crafted_statistics_are_refused(tmp_path: Path, entries: dict[str, Any],
         load_statistics(tmp_path / "s.npz")
     np.savez(tmp_path / "s.npz", **GOOD)
     assert load_statistics(tmp_path / "s.npz").features.shape == (4, 3)
+
+
+def claimed(path: Path, shapes: dict[str, tuple], data: bytes = bytes(768), dtype: str = "|u1") -> Path:
+    """An archive of arrays that claim ``shapes`` and hold ``data``."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for key, shape in shapes.items():
+            head = io.BytesIO()
+            np.lib.format.write_array_header_1_0(head, {"descr": dtype, "fortran_order": False, "shape": shape})
+            archive.writestr(f"{key}.npy", head.getvalue() + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (10**12, 8, 8, 3), (4, 10**6, 10**6, 3), (1 << 70, 8, 8, 3), (-4, 8, 8, 3), (4, -8, -8, 3), (True, 8, 8, 3),
+        (3, 8, 8, 3), (0, 8, 8, 3), (),
+    ],
+)  # fmt: skip
+def test_images_are_as_many_as_they_claim(tmp_path: Path, shape: tuple) -> None:
+    with pytest.raises(DiffFitError, match="arr_0 of .* (claims|is empty)"):
+        open_images(claimed(tmp_path / "i.npz", {"arr_0": shape}))
+    assert len(open_images(claimed(tmp_path / "i.npz", {"arr_0": (4, 8, 8, 3)}))) == 4
+
+
+def test_sizes_of_statistics_are_looked_at_before_memory_is_taken(tmp_path: Path) -> None:
+    """A file of half a megabyte that is a matrix of half a gigabyte; one that only says so."""
+    width = 8_200
+    bomb = claimed(tmp_path / "bomb.npz", {"mu": (width,)}, bytes(8 * width), "<f8")
+    with zipfile.ZipFile(bomb, "a", zipfile.ZIP_DEFLATED) as archive, archive.open("sigma.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (width, width)})
+        for _ in range(width):
+            file.write(bytes(8 * width))
+    liar = claimed(tmp_path / "liar.npz", {"mu": (3,), "sigma": (30_000, 30_000)}, bytes(24), "<f8")
+    for path, message in (
+        (bomb, "at most 8192 features"),
+        (liar, "sigma of .* claims .* 7200000000 bytes; there are 24"),
+    ):
+        tracemalloc.start()
+        try:
+            with pytest.raises(DiffFitError, match=message):
+                load_statistics(path)
+            assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_damaged_statistics_and_images_give_one_sentence(tmp_path: Path) -> None:

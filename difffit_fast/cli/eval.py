@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from .._bounds import BATCH, SEED, SIDE, Bounds, check_whole
 from .._files import check_target, write_json
 from ..errors import DiffFitError
 
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bars")
 
 
+_BOUNDS = {"batch_size": BATCH, "image_size": SIDE, "num_samples": Bounds(2, 1 << 63), "seed": SEED}
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate as ``args`` say; 0 when done. Raises :class:`DiffFitError` for what the user must mend."""
     from ..evaluate import compare
@@ -47,41 +51,49 @@ def run(args: argparse.Namespace) -> int:
     for name in ("json", "cache"):
         if getattr(args, name):
             check_target(getattr(args, name), f"--{name}")
-    if args.num_samples is not None and args.num_samples < 2:
-        raise DiffFitError(f"--num-samples must be at least 2; got {args.num_samples}")
+    for name, bounds in _BOUNDS.items():
+        if getattr(args, name) is not None:
+            check_whole(f"--{name.replace('_', '-')}", getattr(args, name), bounds)
     names = [name.strip() for name in args.features.split(",")]
     if len(names) > 1 and args.cache:
         raise DiffFitError("--cache keeps the statistics in one kind of features; give one --features with it")
-    results = []
-    for name in names:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the same sentences are in the result's notes
-            result = compare(
-                args.samples,
-                args.reference,
-                features=resolve_features(name),
-                metrics=_metrics(args.metrics, name) if len(names) > 1 else args.metrics,
-                batch_size=args.batch_size,
-                device=args.device,
-                image_size=args.image_size,
-                num_samples=args.num_samples,
-                inception_weights=args.inception_weights,
-                check_weights=not args.any_inception_weights,
-                dinov2_path=args.dinov2_path,
-                seed=args.seed,
-                cache=args.cache,
-                progress=not args.quiet and sys.stderr.isatty(),
-            )
-        print(format_table(result))
-        for note in result["notes"]:
-            print(f"note: {note}", file=sys.stderr)
-        results.append(result)
-    if args.json:
-        from .. import __version__
-
-        report = {"difffit_fast": __version__, "samples": args.samples, "reference": args.reference, "results": results}
-        write_json(Path(args.json), report)
+    results: list[dict[str, Any]] = []
+    try:
+        for name in names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the same sentences are in the result's notes
+                result = compare(
+                    args.samples,
+                    args.reference,
+                    features=resolve_features(name),
+                    metrics=_metrics(args.metrics, name) if len(names) > 1 else args.metrics,
+                    batch_size=args.batch_size,
+                    device=args.device,
+                    image_size=args.image_size,
+                    num_samples=args.num_samples,
+                    inception_weights=args.inception_weights,
+                    check_weights=not args.any_inception_weights,
+                    dinov2_path=args.dinov2_path,
+                    seed=args.seed,
+                    cache=args.cache,
+                    progress=not args.quiet and sys.stderr.isatty(),
+                )
+            results.append(result)
+        if args.json:  # before a terminal that can go away
+            _write(Path(args.json), args, results)
+    finally:  # what is known is said, too, when other features fail
+        for result in results:
+            print(format_table(result))
+            for note in result["notes"]:
+                print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+def _write(path: Path, args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    from .. import __version__
+
+    report = {"difffit_fast": __version__, "samples": args.samples, "reference": args.reference, "results": results}
+    write_json(path, report)
 
 
 def format_table(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._bounds import BATCH, SIDE, check_whole
 from .._devices import choose_device
 from ..errors import DiffFitError
 from .features import Extractor, get_extractor
@@ -84,8 +86,9 @@ class Evaluator:
         progress: bool = False,
         **extractor_options: Any,
     ) -> None:
-        if batch_size < 1:
-            raise DiffFitError(f"batch_size must be at least 1; got {batch_size}")
+        check_whole("batch_size", batch_size, BATCH)
+        if image_size is not None:
+            check_whole("image_size", image_size, SIDE)
         self.device = choose_device(device)
         names = _metric_names(metrics, features)
         self.extractor = get_extractor(features, device=self.device, **extractor_options)
@@ -120,6 +123,8 @@ class Evaluator:
                 result["precision"], result["recall"] = precision_recall(
                     taken.features.to(self.device), reference.features.to(self.device), _K
                 )
+        if odd := [name for name, value in result.items() if not math.isfinite(value)]:
+            raise DiffFitError(f"{', '.join(odd)} of {source.name} are NaN or infinite; look at the features")
         given = self._given.notes if self._given is not None else []
         notes = list(dict.fromkeys([*source.notes, *given, *self._notes(taken)]))
         for note in notes:
@@ -142,6 +147,8 @@ class Evaluator:
                         f"{count} {what} for {D} features: their covariance is singular and the distance biased upwards; "
                         "compare it only with distances from as many images"
                     )
+        if taken.fingerprint is not None and taken.fingerprint == self.reference.fingerprint:
+            notes.append("samples and reference are the same images: the numbers say nothing about either")
         if self._given is not None and self.reference.count < len(self._given):
             notes.append(
                 f"the reference is of {self.reference.count} of its {len(self._given)} images, those that can be read"
@@ -259,6 +266,8 @@ def collect(
         raise DiffFitError(f"{source.name} holds {pool.count} image; at least 2 are needed for a covariance")
     if kept and pool.count <= _K:
         raise DiffFitError(f"{source.name} holds {pool.count} images; precision and recall need at least {_K + 1}")
+    if kept and not all(torch.isfinite(part).all() for part in kept):
+        raise DiffFitError(f"{source.name}: the features are too large for float32")
     return Statistics(
         count=pool.count,
         mean=pool.mean.cpu(),

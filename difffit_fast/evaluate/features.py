@@ -83,6 +83,9 @@ class Extractor:
             raise DiffFitError(
                 f"the features {self.name!r} must be a tensor [{count}, D] for {count} images; got {what}"
             )
+        if features.is_complex() or not features.shape[1]:
+            what = f"{features.dtype} {tuple(features.shape)}"
+            raise DiffFitError(f"the features {self.name!r} must be real and at least one; got {what}")
         return features.float() if not features.is_floating_point() else features
 
 

@@ -8,6 +8,7 @@ matrix square root of a non-symmetric product: nothing complex appears, and sing
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -43,6 +44,8 @@ class RunningStatistics:
         """
         if features.dim() != 2:
             raise DiffFitError(f"features must have shape [n, D]; got {tuple(features.shape)}")
+        if features.is_complex() or not features.shape[1]:
+            raise DiffFitError(f"features must be real and at least one; got {features.dtype} {tuple(features.shape)}")
         if self._mean is not None and features.shape[1] != self._mean.shape[0]:
             raise DiffFitError(f"features have {features.shape[1]} dimensions; the ones before had {len(self._mean)}")
         if features.device.type == "mps":  # no float64 there
@@ -87,6 +90,8 @@ class RunningStatistics:
         """[D, D] float64, unbiased (divided by count − 1), as ``numpy.cov`` has it."""
         if self._scatter is None or self.count < 2:
             raise DiffFitError(f"a covariance needs at least 2 images; got {self.count}")
+        if not torch.isfinite(self._scatter).all():
+            raise DiffFitError("the features are too large: their covariance is infinite")
         return self._scatter / (self.count - 1)
 
 
@@ -111,7 +116,7 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
     mu2, sigma2 = check_gaussian(mu2, sigma2, "the second")
     if mu1.shape != mu2.shape:
         raise DiffFitError(f"the distributions have {len(mu1)} and {len(mu2)} dimensions; they must have the same")
-    ranks = [_rank(torch.linalg.eigvalsh(s), name) for s, name in ((sigma1, "the first"), (sigma2, "the second"))]
+    ranks = [check_rank(sigma, name) for sigma, name in ((sigma1, "the first"), (sigma2, "the second"))]
     distance = gaussian_distance(mu1, sigma1, mu2, sigma2)
     singular = [f"the {name} has rank {r}" for name, r in zip(("first", "second"), ranks, strict=True) if r < len(mu1)]
     if singular:
@@ -126,6 +131,8 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
 def check_gaussian(mu: Any, sigma: Any, name: str) -> tuple[Tensor, Tensor]:
     """``mu`` and ``sigma`` as float64 tensors on the CPU ([D] and [D, D]), or a :class:`DiffFitError` that says why not."""
     m, s = (torch.as_tensor(np.asarray(v) if not isinstance(v, Tensor) else v).detach() for v in (mu, sigma))
+    if m.is_complex() or s.is_complex():
+        raise DiffFitError(f"the mean and covariance of {name} distribution must be real; got {m.dtype} and {s.dtype}")
     m, s = m.cpu().to(torch.float64), s.cpu().to(torch.float64)
     m, s = (m.reshape(1), s.reshape(1, 1)) if m.dim() == 0 and s.numel() == 1 else (m, s)
     if m.dim() != 1 or s.shape != (len(m), len(m)):
@@ -139,21 +146,32 @@ def check_gaussian(mu: Any, sigma: Any, name: str) -> tuple[Tensor, Tensor]:
     size = float(s.diagonal().abs().max())
     if float((s - s.T).abs().max()) > 1e-4 * size:
         raise DiffFitError(f"the covariance of {name} distribution is not symmetric")
-    return m, (s + s.T) / 2
+    return m, s / 2 + s.T / 2  # no sum that could overflow
 
 
 def gaussian_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
-    """:func:`frechet_distance` of float64 tensors known to be means and covariances of one size."""
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ sigma2 @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
-    return max(0.0, float(distance))
+    """:func:`frechet_distance` of float64 tensors known to be means and covariances of one size.
+
+    Raises:
+        DiffFitError: the numbers are so large that the distance is not one.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(sigma1)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        product = root @ sigma2 @ root
+        cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+        distance = float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
+    except torch.linalg.LinAlgError:
+        distance = math.nan
+    if not math.isfinite(distance):
+        largest = max(float(x.abs().max()) for x in (mu1, sigma1, mu2, sigma2))
+        raise DiffFitError(f"the Fréchet distance is not finite; means and covariances are as large as {largest:.3g}")
+    return max(0.0, distance)
 
 
-def _rank(eigenvalues: Tensor, name: str) -> int:
-    """How many eigenvalues rise above rounding; raises on one clearly below zero."""
+def check_rank(sigma: Tensor, name: str) -> int:
+    """How many eigenvalues of a symmetric matrix rise above rounding; raises on one clearly below zero."""
+    eigenvalues = torch.linalg.eigvalsh(sigma)
     largest = float(eigenvalues.abs().max())
     # Statistics files often hold float32, hence a wide gate for "negative".
     if float(eigenvalues.min()) < -1e-3 * largest:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._bounds import FROM_ONE, SIDE, check_whole
 from .._files import stamp
 from ..data.listing import list_images
 from ..data.pixels import ImageError, read_pixels
 from ..errors import DiffFitError
+from .archives import Member, archive, keys_of, member
 
 __all__ = ["ArraySource", "FolderSource", "ImageSource", "NpzSource", "open_images"]
 
@@ -53,6 +55,10 @@ def open_images(images: Any, image_size: int | None = None, num_images: int | No
         image_size: crop the images of a folder to this square, as ADM crops its training data. None: as they are.
         num_images: take the first so many only.
     """
+    if image_size is not None:
+        check_whole("image_size", image_size, SIDE)
+    if num_images is not None:
+        check_whole("num_images", num_images, FROM_ONE)
     if isinstance(images, Tensor | np.ndarray):
         source: ImageSource = ArraySource(images, num_images)
     elif isinstance(images, str | os.PathLike):
@@ -76,8 +82,6 @@ class FolderSource:
     """All images under a folder, in the order of their relative paths; unreadable ones are left out, named in ``notes``."""
 
     def __init__(self, root: Path, image_size: int | None = None, num_images: int | None = None) -> None:
-        if image_size is not None and image_size < 1:
-            raise DiffFitError(f"image_size must be at least 1; got {image_size}")
         self.name, self.root, self.image_size = str(root), root, image_size
         listing = list_images(root)
         found = sorted([*listing.flat, *(name for names in listing.classes.values() for name in names)])
@@ -123,8 +127,8 @@ class NpzSource:
 
     def __init__(self, path: Path, num_images: int | None = None) -> None:
         self.name, self.path = str(path), path
-        with _arr_0(path) as file:
-            shape, fortran, dtype = _header(file)
+        with _arr_0(path) as (_, shape, fortran, dtype):
+            pass
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise DiffFitError(f"arr_0 of {path} must be uint8 [N, H, W, 3]; it is {dtype} {list(shape)}")
         if 0 in shape:
@@ -140,8 +144,7 @@ class NpzSource:
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
         _, height, width, channels = self.shape
         size = height * width * channels
-        with _arr_0(self.path) as file:
-            _header(file)
+        with _arr_0(self.path) as (file, *_):
             for start in range(0, self.count, batch_size):
                 n = min(batch_size, self.count - start)
                 data = file.read(n * size)
@@ -176,12 +179,22 @@ class ArraySource:
         return len(self.images)
 
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        if self.images.is_floating_point():
+            self._look_at_range()
         for x in self.images.split(batch_size):
             if x.is_floating_point():
-                if not torch.isfinite(x).all():
-                    raise DiffFitError("some of the given images are NaN or infinite")
                 x = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)  # as samples are written to files
             yield list(x.expand(-1, 3, -1, -1))
+
+    def _look_at_range(self) -> None:
+        """Refuse what is not finite; note what looks like another range than [-1, 1], which samples leave by a little."""
+        low, high = (float(value) for value in self.images.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise DiffFitError("some of the given images are NaN or infinite")
+        if low >= 0 or high > 2 or low < -2:
+            self.notes = [
+                f"the given images have values from {low:.3g} to {high:.3g}; expected are -1 (black) to 1 (white)"
+            ]
 
 
 def _line(name: str, *numbers: int) -> bytes:
@@ -190,27 +203,11 @@ def _line(name: str, *numbers: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _arr_0(path: Path) -> Iterator[Any]:
-    """The member ``arr_0`` of an archive, open; whatever is wrong with either becomes a :class:`DiffFitError`."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            keys = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "arr_0" not in keys:
-                raise DiffFitError(
-                    f"{path} holds {', '.join(keys) or 'nothing'}; images are expected under the key arr_0"
-                )
-            with archive.open("arr_0.npy") as file:
-                yield file
-    except DiffFitError:
-        raise
-    except zipfile.BadZipFile as error:
-        raise DiffFitError(f"{path} is not a .npz file, or damaged: {error}") from error
-    except Exception as error:  # zipfile and NumPy raise a different kind for each sort of damage
-        raise DiffFitError(f"{path} is damaged: {error}") from error
-
-
-def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and dtype of the ``.npy`` that ``file`` begins with; leaves ``file`` at the data."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+def _arr_0(path: Path) -> Iterator[Member]:
+    """The images of an archive, open."""
+    with archive(path) as opened:
+        if "arr_0" not in (keys := keys_of(opened)):
+            found = ", ".join(sorted(keys)) or "nothing"
+            raise DiffFitError(f"{path} holds {found}; images are expected under the key arr_0")
+        with member(opened, "arr_0") as found:
+            yield found

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from torch import Tensor
 from .._files import write_bytes
 from .._words import shown
 from ..errors import DiffFitError
-from .frechet import check_gaussian
+from .archives import archive, keys_of, member
+from .frechet import check_gaussian, check_rank
 
 __all__ = ["Statistics", "load_statistics", "save_statistics"]
 
-NOTE = "difffit_fast"
+NOTE, VERSION = "difffit_fast", 1
+MOST_FEATURES, MOST_BYTES = 8192, 1 << 32  # of a vector; of one array in a file
 
 
 @dataclass
@@ -63,7 +65,7 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike[str]) -> Non
     if path.suffix != ".npz":
         raise DiffFitError(f"statistics are kept in a .npz file; got {path}")
     note = {
-        "version": 1,
+        "version": VERSION,
         "identity": statistics.identity,
         "fingerprint": statistics.fingerprint,
         "count": statistics.count,
@@ -87,9 +89,9 @@ def is_statistics(path: Path) -> bool:
     if path.suffix != ".npz" or not path.is_file():
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-    except zipfile.BadZipFile:
+        with archive(path) as opened:
+            return {"mu", "sigma"} <= keys_of(opened)
+    except DiffFitError:  # whoever reads it says why
         return False
 
 
@@ -113,6 +115,8 @@ def _note(text: str, path: Path) -> dict[str, Any]:
             raise DiffFitError(f"{path}: {key} in its note should be {types[0].__name__}; it is {value!r:.60}")
     if not 0 <= (note.get("count") or 0) < 1 << 63:
         raise DiffFitError(f"{path}: count in its note should be a number of images; it is {shown(note['count'])}")
+    if (note.get("version") or VERSION) != VERSION:
+        raise DiffFitError(f"{path} is of version {shown(note['version'])}; this program reads version {VERSION}")
     size = note.get("size")
     if size is not None and (len(size) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in size)):
         raise DiffFitError(f"{path}: size in its note should be a height and a width; it is {size!r:.60}")
@@ -121,11 +125,39 @@ def _note(text: str, path: Path) -> dict[str, Any]:
 
 def _features(values: np.ndarray, width: int, path: Path) -> Tensor:
     """Features (N, width) float32."""
-    if values.ndim != 2 or values.shape[1] != width or values.dtype.kind != "f" or not np.isfinite(values).all():
+    fits = values.ndim == 2 and len(values) and values.shape[1] == width and values.dtype.kind == "f"
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32, copy=False) if fits else values
+    if not fits or not np.isfinite(single).all():
         raise DiffFitError(
-            f"{path}: its features should be finite floating numbers (N, {width}); they are {values.dtype} {values.shape}"
+            f"{path}: its features should be finite floating numbers of float32's range (N, {width}); they are {values.dtype} {values.shape}"
         )
-    return torch.from_numpy(values.astype(np.float32, copy=False))
+    return torch.from_numpy(single)
+
+
+def _check_claims(path: Path) -> set[str]:
+    """The keys of a file of statistics, none of which claims more than is stored, or than is read."""
+    with archive(path) as opened:
+        keys = keys_of(opened)
+        if not {"mu", "sigma"} <= keys:
+            found = ", ".join(sorted(keys)) or "nothing"
+            raise DiffFitError(f"{path} holds {found}; statistics are expected under the keys mu and sigma")
+        for key in sorted(keys & {"mu", "sigma", "mu_s", "sigma_s", "features", NOTE}):
+            with member(opened, key) as (_, shape, _, dtype):
+                width = max(shape[1:] if key == "features" else shape, default=0)
+                if width > MOST_FEATURES or math.prod(shape) * dtype.itemsize > MOST_BYTES:
+                    raise DiffFitError(
+                        f"{path}: {key} is {dtype} {list(shape)}; at most {MOST_FEATURES} features and {MOST_BYTES} bytes "
+                        "are read"
+                    )
+    return keys
+
+
+def _gaussian(mean: np.ndarray, covariance: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
+    """A mean and a matrix that is a covariance."""
+    mu, sigma = check_gaussian(mean, covariance, name)
+    check_rank(sigma, name)
+    return mu, sigma
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
@@ -135,29 +167,24 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         DiffFitError: no such file, keys missing, or values that are no mean and covariance.
     """
     path = Path(path)
+    keys = _check_claims(path)
+    if len(halves := keys & {"mu_s", "sigma_s"}) == 1:
+        raise DiffFitError(f"{path} holds {halves.pop()} without its partner; mu_s and sigma_s belong together")
     try:
         with np.load(path, allow_pickle=False) as file:
-            keys = set(file.files)
-            if not {"mu", "sigma"} <= keys:
-                found = ", ".join(sorted(keys)) or "nothing"
-                raise DiffFitError(f"{path} holds {found}; statistics are expected under the keys mu and sigma")
-            mean, covariance = check_gaussian(file["mu"], file["sigma"], f"{path}:")
-            spatial = (
-                check_gaussian(file["mu_s"], file["sigma_s"], f"{path} (spatial):")
-                if {"mu_s", "sigma_s"} <= keys
-                else (None, None)
-            )
+            mean, covariance = _gaussian(file["mu"], file["sigma"], f"{path}:")
+            spatial = _gaussian(file["mu_s"], file["sigma_s"], f"{path} (spatial):") if "mu_s" in keys else (None, None)
             features = _features(file["features"], len(mean), path) if "features" in keys else None
             note = _note(str(file[NOTE]), path) if NOTE in keys else {}
     except DiffFitError:
         raise
-    except FileNotFoundError as error:
-        raise DiffFitError(f"{path} does not exist") from error
     except Exception as error:  # NumPy raises a different kind for each sort of damage
         raise DiffFitError(f"{path} cannot be read as statistics: {error}") from error
-    size = note.get("size")
+    count, size = note.get("count") or 0, note.get("size")
+    if features is not None and count and len(features) != count:
+        raise DiffFitError(f"{path} holds the features of {len(features)} images; its note says {count}")
     return Statistics(
-        count=note.get("count") or 0,
+        count=count,
         mean=mean,
         covariance=covariance,
         spatial_mean=spatial[0],
