@@ -129,9 +129,8 @@ def _features(values: np.ndarray, width: int, path: Path) -> Tensor:
     with np.errstate(over="ignore"):
         single = values.astype(np.float32, copy=False) if fits else values
     if not fits or not np.isfinite(single).all():
-        raise DiffFitError(
-            f"{path}: its features should be finite floating numbers of float32's range (N, {width}); they are {values.dtype} {values.shape}"
-        )
+        expected = f"finite floating numbers of float32's range (N, {width})"
+        raise DiffFitError(f"{path}: its features should be {expected}; they are {values.dtype} {values.shape}")
     return torch.from_numpy(single)
 
 
