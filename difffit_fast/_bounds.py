@@ -35,6 +35,7 @@ NOT_NEGATIVE, POSITIVE, FRACTION = Bounds(0), Bounds(0, open=True), Bounds(0, be
 # Far beyond what anybody means.
 STEPS, BATCH, IMAGES = Bounds(1, 10**5), Bounds(1, 1 << 20), Bounds(1, 10**9)
 SIDE, GUIDANCE = Bounds(1, 1 << 16), Bounds(0, 1000)
+CLASS_COUNT, WORKERS, GRID = Bounds(1, 10**7), Bounds(0, 1 << 10), Bounds(1, 10**4)
 
 
 def check_whole(what: str, value: Any, bounds: Bounds) -> None:

@@ -18,7 +18,7 @@ from difffit_fast.data.extract import ExtractConfig, Extraction
 from difffit_fast.errors import DiffFitError
 from difffit_fast.models.header import read_header
 from difffit_fast.train import TrainConfig
-from difffit_fast.train.settings import option, settings_of
+from difffit_fast.train.settings import flag, option, settings_of
 from difffit_fast.train.source import open_source
 
 SETTINGS = settings_of(TrainConfig)
@@ -199,3 +199,15 @@ def test_a_probability_among_the_sizes_is_the_models(tmp_path) -> None:
     assert main(["train", *words]) == 0
     (delta,) = (tmp_path / "runs").rglob("0000001.safetensors")
     assert read_header(delta)["config"]["class_dropout_prob"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_classes", 10**12), ("global_batch_size", 10**12), ("num_samples", 1 << 62), ("num_workers", 10**6),
+        ("epochs", 1 << 62), ("num_sampling_steps", 10**9), ("fid_samples", 10**12), ("image_size", 10**9),
+    ],
+)  # fmt: skip
+def test_numbers_that_nobody_means_are_refused_before_anything_is_made(name: str, value: int) -> None:
+    with pytest.raises(DiffFitError, match=rf"{flag(name)} must be at least [01] and less than \d+; got {value}"):
+        TrainConfig(data_path="images", **{name: value}).validate()

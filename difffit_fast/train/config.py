@@ -17,7 +17,21 @@ from typing import Any
 
 import yaml
 
-from .._bounds import FRACTION, FROM_ONE, FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED
+from .._bounds import (
+    BATCH,
+    CLASS_COUNT,
+    FRACTION,
+    FROM_ONE,
+    FROM_ZERO,
+    GRID,
+    IMAGES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SIDE,
+    STEPS,
+    WORKERS,
+)
 from .._files import read_yaml, write_text
 from .._words import nearest
 from ..errors import DiffFitError
@@ -49,7 +63,7 @@ class TrainConfig:
         None, "features cached by difffit extract, instead of --data-path", steers=True, rival="data_path")
     image_size: int | None = _data(
         None, "side of the images, pixels (default: that of the features, else 256)",
-        steers=True, bounds=FROM_ONE, part_of_model=True)
+        steers=True, bounds=SIDE, part_of_model=True)
     vae: str = _data(
         "ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels",
         steers=True, part_of_model=True, null="none")
@@ -57,7 +71,7 @@ class TrainConfig:
         "horizontal", "mirror half of the visits of images: horizontal; none where left and right are not alike (letters)",
         steers=True, choices=("horizontal", "none"), null="none", unrecorded="horizontal")
     num_classes: int | None = _data(
-        None, "classes of the model (default: those of the data)", steers=True, bounds=FROM_ONE, part_of_model=True)
+        None, "classes of the model (default: those of the data)", steers=True, bounds=CLASS_COUNT, part_of_model=True)
     val_path: str | None = _data(
         None, "images by class, or cached features, for the validation loss", steers=False, rival="val_fraction")
     val_fraction: float = _data(
@@ -65,7 +79,7 @@ class TrainConfig:
         steers=True, bounds=FRACTION, rival="val_path")
     val_samples: int = _data(512, "images that the validation loss looks at, at most", steers=False, bounds=FROM_ONE)
     num_workers: int = _data(
-        4, "processes that prepare batches; 0: one thread of this process", steers=False, bounds=FROM_ZERO)
+        4, "processes that prepare batches; 0: one thread of this process", steers=False, bounds=WORKERS)
     # model
     model: str | None = _model(
         None, "DiT-XL/2, SiT-XL/2 and their kin (default: that of --ckpt, else DiT-XL/2)", steers=True)
@@ -74,7 +88,7 @@ class TrainConfig:
     ckpt: str | None = _model(
         None, "pre-trained DiT or SiT checkpoint (default: random weights, for trying out)", steers=True)
     num_heads: int | None = _model(
-        None, "attention heads, for unpublished widths in files that do not record them", steers=True, bounds=FROM_ONE)
+        None, "attention heads, for unpublished widths in files that do not record them", steers=True, bounds=SIDE)
     classes: str = _model(
         "match", "rows of the class table that classes start from: match takes those of --ckpt by name and makes others from "
         "the names most like theirs, keep makes none, new draws all at random", steers=True, choices=CLASSES)
@@ -100,9 +114,9 @@ class TrainConfig:
         "run lasts; auto: where that can be", steers=False, choices=("auto", "on", "off"))
     # optimisation
     global_batch_size: int = _optimisation(
-        32, "images per step, over all processes and accumulation", steers=True, bounds=FROM_ONE)
+        32, "images per step, over all processes and accumulation", steers=True, bounds=BATCH)
     accumulate: int = _optimisation(
-        1, "parts that a process works through its share of the batch in", steers=True, bounds=FROM_ONE)
+        1, "parts that a process works through its share of the batch in", steers=True, bounds=BATCH)
     lr: float | None = _optimisation(
         None, "learning rate (default: 1e-3; full and lora: 1e-4)", steers=True, bounds=POSITIVE)
     weight_decay: float = _optimisation(0.0, "AdamW's weight decay", steers=True, bounds=NOT_NEGATIVE)
@@ -114,7 +128,7 @@ class TrainConfig:
     max_steps: int | None = _optimisation(
         None, f"steps to train (default: {DEFAULT_STEPS})", steers=False, bounds=FROM_ONE, rival="epochs")
     epochs: int | None = _optimisation(
-        None, "passes over the data, instead of --max-steps", steers=False, bounds=FROM_ONE, rival="max_steps")
+        None, "passes over the data, instead of --max-steps", steers=False, bounds=IMAGES, rival="max_steps")
     # the run
     results_dir: str = _run("results", "where runs are kept, each in NNN-<model>", steers=False)
     resume: str = _run(
@@ -127,14 +141,14 @@ class TrainConfig:
     val_every: int = _run(
         1000, "steps between validation losses, where there is validation data", steers=False, bounds=FROM_ONE)
     sample_every: int = _run(0, "steps between grids of samples; 0: none", steers=False, bounds=FROM_ZERO)
-    num_samples: int = _run(8, "images in such a grid", steers=False, bounds=FROM_ONE)
-    num_sampling_steps: int = _run(50, "sampling steps of such a grid", steers=False, bounds=FROM_ONE)
+    num_samples: int = _run(8, "images in such a grid", steers=False, bounds=GRID)
+    num_sampling_steps: int = _run(50, "sampling steps of such a grid", steers=False, bounds=STEPS)
     cfg_scale: float = _run(4.0, "guidance of such a grid", steers=False, bounds=NOT_NEGATIVE)
     fid_every: int = _run(
         0, "steps between Fréchet distances of samples to the reference; 0: none", steers=False, bounds=FROM_ZERO)
     fid_reference: str | None = _run(
         None, "folder of images or .npz to compare samples with (default: --data-path)", steers=False)
-    fid_samples: int = _run(1000, "samples of such a distance", steers=False, bounds=FROM_ONE)
+    fid_samples: int = _run(1000, "samples of such a distance", steers=False, bounds=IMAGES)
     fid_features: str = _run(
         "inception", "its features: inception, random-inception, dinov2 or module:function", steers=False)
     inception_weights: str | None = _run(None, "file of the public FID Inception weights", steers=False)
