@@ -403,7 +403,7 @@ def test_a_bad_index_is_noticed(images, tmp_path):
         ({"scale": 0.0}, "scale not 0"),
         ({"scale": "1"}, "scale should be float"),
         ({"scale": 0.5}, "its checksum differs"),
-        ({"channels": 1}, "do not fit images of 16 pixels"),
+        ({"channels": 2}, "do not fit images of 16 pixels"),
         ({"size": 0}, "channels and size should be positive"),
         ({"size": 32}, "do not fit images of 16 pixels"),
         ({"config": index["config"] | {"image_size": 32}}, "do not fit images of 32 pixels"),

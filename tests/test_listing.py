@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import torch
 from PIL import Image
 
 from difffit_fast.check import check
@@ -154,3 +155,28 @@ def test_an_old_extraction_goes_on_in_its_order(numbers, tmp_path, monkeypatch):
     assert cache.class_names == ["1", "10", "2"]
     assert [int(cache.stored(i)[0, 0, 0]) for i in range(3)] == [1, 10, 2] and cache.labels.tolist() == [0, 1, 2]
     assert json.loads((tmp_path / "f" / "extract.json").read_text())["class_names"] == ["1", "10", "2"]
+
+
+def test_letters_have_a_name_that_every_file_system_tells_apart(tmp_path, capsys):
+    names = ["lower_a", "upper_A", "B", "upper_arm", "lower_Z", "upper_Γ", "upper_1"]
+    for value, name in enumerate(names):
+        picture(tmp_path / "x" / name / "0.png", value)
+    classes = sorted(["a", "A", "B", "upper_arm", "lower_Z", "Γ", "upper_1"])
+    data = ImageFolder(tmp_path / "x", 8, flip=False)
+    assert data.class_names == classes
+    assert {data.class_names[label]: int(data.pixels(i)[0, 0, 0]) for i, label in enumerate(data.labels)} == {
+        "a": 0, "A": 1, "B": 2, "upper_arm": 3, "lower_Z": 4, "Γ": 5, "upper_1": 6
+    }  # fmt: skip
+    config = ["--features-path", str(tmp_path / "f"), "--vae", "none", "--image-size", "8", "--channels", "1"]
+    assert main(["extract", "--data-path", str(tmp_path / "x"), *config]) == 0
+    cache = LatentCache(tmp_path / "f", flip=False)
+    assert cache.class_names == classes and cache.files == data.files and cache.channels == 1
+    assert all(torch.equal(cache.load(i, 0)[0], data.load(i, 0)[0][:1]) for i in range(len(data)))
+    assert check(tmp_path / "f").ok and not [f for f in check(tmp_path / "f").findings if "case" in f.what]
+    with pytest.raises(DiffFitError, match="its channels is 1, now 3"):
+        Extraction(ExtractConfig(str(tmp_path / "x"), str(tmp_path / "f"), image_size=8, vae="none"))
+    with pytest.raises(DiffFitError, match="--channels 1 goes with --vae none"):
+        ExtractConfig(str(tmp_path / "x"), str(tmp_path / "g"), image_size=8, channels=1)
+    picture(tmp_path / "x" / "A" / "0.png")
+    with pytest.raises(DiffFitError, match="two folders of class 'A'"):
+        list_images(tmp_path / "x")

@@ -7,10 +7,12 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from difffit_fast.data import ImageFolder
 from difffit_fast.data.pixels import ImageError, center_crop, read_pixels, to_rgb
+from difffit_fast.errors import DiffFitError
 
 NO_RANGE = "no agreed range"
 
@@ -234,3 +236,25 @@ def test_as_it_is(tmp_path):
     assert read_pixels(tmp_path / "x.png", None).shape == (7, 5, 3)
     with pytest.raises(ImageError):
         read_pixels(tmp_path / "nothing.png", None)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (31, 90), (1, 700)])
+def test_gray_is_the_luma_and_gray_stays_as_it_is(tmp_path, size):
+    values = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "colour.png")
+    luma = np.round(values @ np.array([0.299, 0.587, 0.114]))
+    gray = read_pixels(tmp_path / "colour.png", None, channels=1)
+    assert gray.shape == (*size, 1) and np.abs(gray[..., 0] - luma).max() <= 1
+    Image.fromarray(values[..., 0]).save(tmp_path / "gray.png")
+    assert (read_pixels(tmp_path / "gray.png", None, channels=1)[..., 0] == values[..., 0]).all()
+    cropped = read_pixels(tmp_path / "gray.png", 24, channels=1)
+    assert cropped.shape == (24, 24, 1)
+    assert (cropped == read_pixels(tmp_path / "gray.png", 24)).all()  # a filter treats every channel alike
+    folder = tmp_path / "data"
+    (folder / "c").mkdir(parents=True)
+    (tmp_path / "gray.png").rename(folder / "c" / "gray.png")
+    x, _ = ImageFolder(folder, 24, flip=False, channels=1).load(0, 0)
+    assert x.shape == (1, 24, 24) and torch.equal(x, ImageFolder(folder, 24, flip=False).load(0, 0)[0][:1])
+    for channels in (0, 2, 4, True, "1"):
+        with pytest.raises(DiffFitError, match="3 channels, or 1 where they are gray"):
+            ImageFolder(folder, 24, channels=channels)

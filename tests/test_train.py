@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from training import SETTINGS, TINY, digits
 
 from difffit_fast import DiT, FastDiffFitDiT
@@ -23,6 +24,7 @@ from difffit_fast.errors import DiffFitError
 from difffit_fast.train import NonFiniteLossError, TrainConfig, Trainer, pace
 from difffit_fast.train.checkpoint import CheckpointFolder
 from difffit_fast.train.ema import EMA
+from difffit_fast.train.schedule import rate_factor
 from difffit_fast.train.stream import TrainStream, ValidationStream, batches, hold_out, share
 from difffit_fast.train.track import read_metrics
 
@@ -306,6 +308,56 @@ def test_accumulation_and_clipping(images: Path, tmp_path: Path) -> None:
 def test_warm_up(images: Path, tmp_path: Path) -> None:
     _, result = train(images, tmp_path, warmup_steps=4, lr=0.01, max_steps=6)
     assert [m["lr"] for m in read_metrics(result.folder)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_schedules_have_their_published_values() -> None:
+    assert [rate_factor(step, 0, 4, "constant") for step in range(4)] == [1, 1, 1, 1]
+    assert [rate_factor(step, 2, 6, "linear") for step in range(7)] == [0.5, 1, 1, 0.75, 0.5, 0.25, 0]
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+    for step in range(9):
+        assert rate_factor(step + 3, 3, 12, "cosine") == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+    assert rate_factor(99, 3, 12, "cosine") == pytest.approx(0, abs=1e-12)
+    assert rate_factor(0, 5, 5, "cosine") == 0.2 and rate_factor(4, 5, 3, "linear") == 1
+
+
+def test_a_falling_rate_is_part_of_the_run(images: Path, tmp_path: Path) -> None:
+    options = {"lr_schedule": "linear", "warmup_steps": 2, "lr": 0.01, "max_steps": 6, "ckpt_every": 3}
+    _, whole = train(images, tmp_path / "whole", **options)
+    rates = [row["lr"] for row in read_metrics(whole.folder)]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+    result = train(
+        images, tmp_path / "parts", **options, resume=str(whole.folder / "checkpoints" / "0000003.safetensors")
+    )
+    assert result[1].delta.read_bytes() == whole.delta.read_bytes()
+    with pytest.raises(DiffFitError, match="--lr-schedule must be one of constant, cosine, linear"):
+        TrainConfig(lr_schedule="step").validate()
+    longer = TrainConfig(lr_schedule="linear", max_steps=8)
+    assert longer.differences(TrainConfig(lr_schedule="linear", max_steps=6).to_dict()) == {"max_steps": (6, 8)}
+    assert TrainConfig(max_steps=8).differences(TrainConfig(max_steps=6).to_dict()) == {}
+    before = TrainConfig().to_dict()
+    del before["lr_schedule"]  # as runs were recorded before there were schedules
+    assert TrainConfig().differences(before) == {}
+    assert TrainConfig(lr_schedule="cosine").differences(before)["lr_schedule"] == ("constant", "cosine")
+
+
+def test_a_model_of_one_channel_trains_on_gray_pixels_and_samples_gray(images: Path, tmp_path: Path) -> None:
+    gray = {**TINY, "in_channels": 1}
+    trainer, result = train(images, tmp_path, model_args=gray, max_steps=2, sample_every=2, num_sampling_steps=2)
+    assert trainer.stream.data.channels == trainer.model.in_channels == 1
+    assert Image.open(next((result.folder / "samples").iterdir())).mode == "L"
+    assert "the model has one channel: images are read as gray" in (result.folder / "log.txt").read_text()
+    whole, _ = train(images, tmp_path / "base", model_args=gray, method="full", max_steps=1)
+    file = next((tmp_path / "base").rglob("0000001.safetensors"))
+    again = Trainer(**settings(images, tmp_path, model_args={}, ckpt=str(file)))
+    assert again.stream.data.channels == 1
+    for a, b in zip(
+        whole.stream.__getitems__([0, 1]).values(), again.stream.__getitems__([0, 1]).values(), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 def tiny(**kwargs: object) -> FastDiffFitDiT:

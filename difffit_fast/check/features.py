@@ -49,7 +49,8 @@ def check_classes(counts: Counter[int], names: list[str], report: Report) -> Non
             report.wrong("classes without an image", repr(name))
         elif counts[label] == 1:
             report.suspicious("classes with one image", repr(name))
-    for name in sorted(name for name, count in Counter(n.strip().casefold() for n in names).items() if count > 1):
+    longer = [name for name in names if len(name.strip()) > 1]  # A and a are letters, not two ways to write one name
+    for name in sorted(name for name, count in Counter(n.strip().casefold() for n in longer).items() if count > 1):
         report.suspicious("class names that differ in case or spaces only", repr(name))
     most, least = max(counts.values(), default=0), min(counts.values(), default=0)
     if least and most > 100 * least:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vae", default="ema", help="ema, mse, a diffusers folder, a hub name, or none for pixels")
     parser.add_argument("--image-size", type=int, default=256, help="side of the square crop, pixels")
+    parser.add_argument("--channels", type=int, default=3, choices=(1, 3), help="of pixels: 3 for RGB, 1 for gray")
     parser.add_argument("--batch-size", type=int, default=16, help="images encoded at once, per process")
     parser.add_argument("--num-workers", type=int, default=4, help="decoding threads per process")
     parser.add_argument("--shard-size", type=int, default=1024, help="images per file")
@@ -70,6 +71,7 @@ def _config(args: argparse.Namespace, local_rank: int) -> ExtractConfig:
         features_path=args.features_path,
         image_size=args.image_size,
         vae=args.vae,
+        channels=args.channels,
         shard_size=args.shard_size,
         precision=args.precision,
         batch_size=args.batch_size,

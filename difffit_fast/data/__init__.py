@@ -37,11 +37,13 @@ def open_data(
     *,
     flip: bool = True,
     class_names: Sequence[str] | None = None,
+    channels: int = 3,
 ) -> TrainingData:
     """The training data at ``path`` (a folder of images by class) or ``feature_path`` (what ``difffit extract`` wrote).
 
     Exactly one of the two. ``image_size`` is needed for images; for features it is checked against theirs when given.
-    ``class_names`` are the order of an image folder's classes where other data records one.
+    ``class_names`` are the order of an image folder's classes where other data records one; its images are read with
+    ``channels`` 3 (RGB) or 1 (gray).
 
     Raises:
         DiffFitError: none or both are given, the size is missing or differs, or the data cannot be opened.
@@ -59,4 +61,4 @@ def open_data(
         return cache
     if image_size is None:
         raise DiffFitError("the image size is needed to read images; give --image-size")
-    return ImageFolder(path, image_size, flip=flip, class_names=class_names)
+    return ImageFolder(path, image_size, flip=flip, class_names=class_names, channels=channels)

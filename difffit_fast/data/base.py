@@ -31,7 +31,7 @@ class TrainingData(Protocol):
     Attributes:
         class_names: name of every class; a label is an index into it.
         num_classes: ``len(class_names)``.
-        channels: channels C of ``x``: 3 for pixels, the VAE's latent channels otherwise.
+        channels: channels C of ``x``: 3 for pixels (1 for gray ones), the VAE's latent channels otherwise.
         size: side H = W of ``x``, in pixels or latent cells.
         image_size: side of the image in pixels.
     """
@@ -81,3 +81,10 @@ def check_image_size(image_size: int) -> int:
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size <= 0:
         raise DiffFitError(f"the image size must be a positive integer number of pixels, got {image_size!r}")
     return image_size
+
+
+def check_channels(channels: int) -> int:
+    """``channels`` if images can be read with so many: 1 or 3; else a :class:`DiffFitError`."""
+    if isinstance(channels, bool) or channels not in (1, 3):
+        raise DiffFitError(f"pixels have 3 channels, or 1 where they are gray; got {channels!r}")
+    return channels

@@ -30,6 +30,7 @@ import torch
 
 from .._files import TEMPORARY, check_unicode, read_json, sha256, stamp, sweep, write_json
 from ..errors import DiffFitError
+from .base import check_channels
 from .image_folder import ImageFolder
 from .pixels import ImageError, read_pixels, to_signed
 from .shards import (
@@ -54,7 +55,7 @@ from .vae import DTYPES, LatentSpace, PixelSpace, load_vae
 class ExtractConfig:
     """What to extract, and how.
 
-    The first six fields decide what is stored. A folder begun with other values is refused, since its shards would not
+    The first seven fields decide what is stored. A folder begun with other values is refused, since its shards would not
     fit; the rest may change between runs.
     """
 
@@ -63,6 +64,7 @@ class ExtractConfig:
     image_size: int = 256
     vae: str = "ema"
     shard_size: int = 1024
+    channels: int = 3  # of the pixels: 3 for RGB, 1 for gray, which no VAE takes
     precision: str = "fp32"  # of the encoder; fp32 stores moments as float32, bf16 and fp16 as float16
     batch_size: int = 16
     num_workers: int = 4  # threads that decode images (Pillow releases the interpreter lock)
@@ -73,6 +75,9 @@ class ExtractConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
                 raise DiffFitError(f"--{name.replace('_', '-')} must be a positive integer, got {value!r}")
+        check_channels(self.channels)
+        if self.channels != 3 and self.vae.lower() != "none":
+            raise DiffFitError(f"a VAE takes images of 3 channels; --channels {self.channels} goes with --vae none")
         if self.num_workers < 0:
             raise DiffFitError(f"--num-workers must be zero or more, got {self.num_workers}")
         if self.precision not in DTYPES:
@@ -95,7 +100,13 @@ class Extraction:
         self.out = Path(config.features_path)
         check_unicode(self.out)
         begun = read_json(self.out / CONFIG_FILE) if (self.out / CONFIG_FILE).is_file() else {}
-        self.folder = ImageFolder(config.data_path, config.image_size, flip=False, class_names=begun.get("class_names"))
+        self.folder = ImageFolder(
+            config.data_path,
+            config.image_size,
+            flip=False,
+            class_names=begun.get("class_names"),
+            channels=config.channels,
+        )
         self._status = [(self.folder.root / name).stat() for name in self.folder.files]
         self.vae: LatentSpace | PixelSpace = load_vae(config.vae, config.device, config.precision)
         if config.image_size % self.vae.factor:
@@ -105,7 +116,9 @@ class Extraction:
         pixels = isinstance(self.vae, PixelSpace)
         precision = "uint8" if pixels else config.precision
         size = config.image_size // self.vae.factor
-        self.layout = Layout("pixels" if pixels else "moments", self.vae.channels, size, precision)
+        self.layout = Layout(
+            "pixels" if pixels else "moments", config.channels if pixels else self.vae.channels, size, precision
+        )
         self._source = source_ranges(len(self.folder), config.shard_size)
         self.num_shards = len(self._source)
         self.changed: list[str] = []
@@ -118,6 +131,7 @@ class Extraction:
             "format": FORMAT,
             "version": VERSION,
             "kind": self.layout.kind,
+            "channels": self.layout.channels,
             "image_size": self.config.image_size,
             "precision": self.layout.precision,
             "vae": self.config.vae,
@@ -167,7 +181,8 @@ class Extraction:
             self.settings["listing_sha256"] = self._listing(lambda status: (status.st_size,))
         # The name of the VAE is only a name: its weights are what counts.
         free = ("vae", "version", "stamps_sha256")
-        different = [key for key in self.settings if key not in free and found.get(key) != self.settings[key]]
+        theirs = {"channels": self.layout.channels if self.layout.kind == "moments" else 3} | found  # once not recorded
+        different = [key for key in self.settings if key not in free and theirs.get(key) != self.settings[key]]
         if different:
             raise DiffFitError(
                 f"{self.out} holds features of another configuration ({self._difference(found, different[0])}); "
@@ -284,7 +299,7 @@ class Extraction:
                 content = path.read_bytes()
                 digest = hashlib.sha256(content).digest()
             try:
-                return read_pixels(path, self.config.image_size, content), digest
+                return read_pixels(path, self.config.image_size, content, self.config.channels), digest
             except ImageError as error:
                 return str(error), digest
 
@@ -360,10 +375,12 @@ class Extraction:
             raise DiffFitError(f"none of the images of class {self.folder.class_names[empty[0]]!r} can be read")
         index = {
             "config": {
-                key: value for key, value in self.settings.items() if key not in ("class_names", "stamps_sha256")
+                key: value
+                for key, value in self.settings.items()
+                if key not in ("class_names", "stamps_sha256", "channels")
             },
             "class_names": self.folder.class_names,
-            "channels": self.vae.channels,
+            "channels": self.layout.channels,
             "size": self.config.image_size // self.vae.factor,
             "scale": self.vae.scale,
             "shift": self.vae.shift,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DiffFitError
-from .base import BadImage, check_image_size, check_index, visit_rng
+from .base import BadImage, check_channels, check_image_size, check_index, visit_rng
 from .listing import NO_IMAGE, list_images
 from .pixels import ImageError, read_pixels, to_signed
 
@@ -33,16 +33,15 @@ class ImageFolder:
         image_size: side of the square crop, pixels.
         flip: mirror half of the visits, decided by the visit's seed.
         class_names: an order of the classes that something records, see :func:`~difffit_fast.data.listing.list_images`.
+        channels: 3 for RGB, 1 for gray.
 
     Attributes:
         listing: what was found and what was left out.
 
     Raises:
         DiffFitError: ``root`` is missing or holds no class folder, a class has no image, a folder is unreadable, or
-            ``image_size`` is not positive.
+            ``image_size`` or ``channels`` is no such number.
     """
-
-    channels = 3
 
     def __init__(
         self,
@@ -50,8 +49,10 @@ class ImageFolder:
         image_size: int,
         flip: bool = True,
         class_names: Sequence[str] | None = None,
+        channels: int = 3,
     ) -> None:
         self.root = Path(root)
+        self.channels = check_channels(channels)
         self.image_size = self.size = check_image_size(image_size)
         self.flip = bool(flip)
         if not self.root.is_dir():
@@ -70,9 +71,10 @@ class ImageFolder:
         for label, name in enumerate(self.class_names):
             files = self.listing.classes[name]
             if not files:
-                others = sum(path.startswith(f"{name}/") for path in self.listing.left_out.get(NO_IMAGE, ()))
+                folder = self.listing.folders[name]
+                others = sum(path.startswith(f"{folder}/") for path in self.listing.left_out.get(NO_IMAGE, ()))
                 what = f" (its {others} files have no image name ending)" if others else ""
-                raise DiffFitError(f"the class folder {self.root / name} holds no image{what}; remove it or fill it")
+                raise DiffFitError(f"the class folder {self.root / folder} holds no image{what}; remove it or fill it")
             self.files += files
             labels += [label] * len(files)
             starts.append(len(self.files))
@@ -93,20 +95,20 @@ class ImageFolder:
         return f"ImageFolder({str(self.root)!r}, {len(self)} images, {self.num_classes} classes, {self.image_size} px)"
 
     def load(self, index: int, seed: int) -> tuple[Tensor, int]:
-        """One visit: ``(x float32 [3, image_size, image_size] in [-1, 1], label)``."""
+        """One visit: ``(x float32 [channels, image_size, image_size] in [-1, 1], label)``."""
         pixels = self.pixels(check_index(index, len(self)))
         if self.flip and visit_rng(seed).random() < 0.5:
             pixels = pixels[:, ::-1]
         return to_signed(pixels.transpose(2, 0, 1)), int(self.labels[index])
 
     def pixels(self, index: int) -> np.ndarray:
-        """uint8 ``[image_size, image_size, 3]`` of image ``index``, or of its substitute when it is damaged."""
+        """uint8 ``[image_size, image_size, channels]`` of image ``index``, or of its substitute when it is damaged."""
         label = int(self.labels[index])
         first, end = self._starts[label], self._starts[label + 1]
         for step in range(end - first):
             candidate = first + (index - first + step) % (end - first)
             try:
-                return read_pixels(self.root / self.files[candidate], self.image_size)
+                return read_pixels(self.root / self.files[candidate], self.image_size, channels=self.channels)
             except ImageError as error:
                 if not self._bad[candidate]:
                     self._bad[candidate] = 1

@@ -87,7 +87,7 @@ class LatentCache:
         return torch.from_numpy(x), label
 
     def stored(self, index: int) -> np.ndarray:
-        """What the cache holds of image ``index``: moments (2, 2C, h, w), or pixels uint8 (3, H, W)."""
+        """What the cache holds of image ``index``: moments (2, 2C, h, w), or pixels uint8 (C, H, W)."""
         index = check_index(index, len(self))
         shard = bisect_right(self._ends, index)
         row = index - (self._ends[shard - 1] if shard else 0)

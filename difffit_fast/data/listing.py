@@ -51,6 +51,21 @@ def class_order(names: Iterable[str]) -> list[str]:
     return names
 
 
+def class_of(folder: str) -> str:
+    """The class whose images a folder of this name holds: the name itself, but A for ``upper_A`` and a for ``lower_a``.
+
+    Folders whose names differ in nothing but case are one folder on many file systems, so single letters have a second way
+    to be written.
+
+    >>> class_of("upper_A"), class_of("lower_a"), class_of("upper_arm")
+    ('A', 'a', 'upper_arm')
+    """
+    case, _, letter = folder.partition("_")
+    if len(letter) == 1 and ((case == "upper" and letter.isupper()) or (case == "lower" and letter.islower())):
+        return letter
+    return folder
+
+
 @dataclass
 class Listing:
     """The images below a folder.
@@ -59,12 +74,14 @@ class Listing:
         root: the folder.
         classes: the images of each class in the order of labels, as sorted paths relative to ``root`` with forward
             slashes. Empty where no sub-folder holds an image and ``root`` itself does: a flat folder.
+        folders: the folder of each class.
         flat: the images of a flat folder, sorted; none where there are classes.
         left_out: reason -> the paths, relative to ``root``, that were left out for it; a folder stands for all in it.
     """
 
     root: Path
     classes: dict[str, list[str]] = field(default_factory=dict)
+    folders: dict[str, str] = field(default_factory=dict)
     flat: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
@@ -93,9 +110,10 @@ class Listing:
 def list_images(root: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> Listing:
     """The images below ``root`` by class: ``root/<class>/**/<image>``, or ``root/<image>`` where no sub-folder has any.
 
-    An image is a file, or a link to one, with a name ending that Pillow reads. Folders are searched through links, each
-    once in a class, never in circles. Left out, and counted by reason: what is hidden or belongs to a system (``@eaDir``,
-    ``Thumbs.db``, ...), other files, links to nothing, and images that lie beside class folders.
+    An image is a file, or a link to one, with a name ending that Pillow reads. A class folder has its class's name, see
+    :func:`class_of`. Folders are searched through links, each once in a class, never in circles. Left out, and counted by
+    reason: what is hidden or belongs to a system (``@eaDir``, ``Thumbs.db``, ...), other files, links to nothing, and images
+    that lie beside class folders.
 
     Args:
         root: the folder.
@@ -103,23 +121,28 @@ def list_images(root: str | os.PathLike[str], class_names: Sequence[str] | None 
             order is that of :func:`class_order` otherwise.
 
     Raises:
-        DiffFitError: a folder is missing or unreadable, or more images lie beside the folders than in them.
+        DiffFitError: a folder is missing or unreadable, two folders are of one class, or more images lie beside the folders
+            than in them.
     """
     root = Path(root)
     listing = Listing(root)
     folders, loose = _entries(listing, "")
     above = _with_parents(root)
-    for name in class_order(folders):
-        if os.path.realpath(root / name) in above:
-            listing.leave_out(CIRCLES, name)
-        else:
-            listing.classes[name] = images_below(listing, name)
+    for folder in folders:
+        if os.path.realpath(root / folder) in above:
+            listing.leave_out(CIRCLES, folder)
+        elif (other := listing.folders.setdefault(class_of(folder), folder)) != folder:
+            raise DiffFitError(
+                f"{root} has two folders of class {class_of(folder)!r}: {other} and {folder}; expected one"
+            )
+    for name in class_order(listing.folders):
+        listing.classes[name] = images_below(listing, listing.folders[name])
     if class_names is not None and sorted(class_names) == sorted(listing.classes):
         listing.classes = {name: listing.classes[name] for name in class_names}
     inside = sum(map(len, listing.classes.values()))
     if loose and not inside:
         for name in listing.classes:
-            listing.leave_out(EMPTY, name)
+            listing.leave_out(EMPTY, listing.folders[name])
         listing.classes, listing.flat = {}, loose
     elif len(loose) > inside:
         raise DiffFitError(

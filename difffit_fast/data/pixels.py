@@ -1,4 +1,4 @@
-"""From an image file to square uint8 RGB pixels.
+"""From an image file to square uint8 pixels, RGB or gray.
 
 The crop is the procedure of ADM (Dhariwal and Nichol, 2021) that DiT and SiT are trained with: halve with a box filter
 while the shorter side is at least twice the target, resize with a bicubic filter so that the shorter side fits, cut the
@@ -112,14 +112,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_pixels(path: str | os.PathLike[str], image_size: int | None, content: bytes | None = None) -> np.ndarray:
-    """Decode the first frame, convert to RGB, turn upright by the EXIF tag and crop: the one reader of image files.
+def read_pixels(
+    path: str | os.PathLike[str], image_size: int | None, content: bytes | None = None, channels: int = 3
+) -> np.ndarray:
+    """Decode the first frame, convert to RGB or gray, turn upright by the EXIF tag and crop: the one reader of image files.
 
     Returns:
-        uint8 ``[image_size, image_size, 3]``, or ``[H, W, 3]`` as it is where ``image_size`` is None.
+        uint8 ``[image_size, image_size, channels]``, or ``[H, W, channels]`` as it is where ``image_size`` is None.
 
     Args:
         content: the bytes of the file, where they have been read already.
+        channels: 3 for RGB, 1 for gray (the luma of ITU-R BT.601; what is gray stays as it is).
 
     Raises:
         ImageError: the file is not an image that can be used (damaged, cut short, unknown format, no agreed range, larger
@@ -128,12 +131,12 @@ def read_pixels(path: str | os.PathLike[str], image_size: int | None, content: b
     """
     try:
         try:
-            return _read(path if content is None else io.BytesIO(content), image_size)
+            return _read(path if content is None else io.BytesIO(content), image_size, channels)
         except ValueError:  # of Pillow's limits on text, which says nothing about the pixels
             png = _without_text(path, content)
             if png is None:
                 raise
-            return _read(io.BytesIO(png), image_size)
+            return _read(io.BytesIO(png), image_size, channels)
     except ImageError:
         raise
     except MemoryError as error:
@@ -147,14 +150,17 @@ def read_pixels(path: str | os.PathLike[str], image_size: int | None, content: b
         raise ImageError(reason) from error
 
 
-def _read(source: str | os.PathLike[str] | io.BytesIO, image_size: int | None) -> np.ndarray:
+def _read(source: str | os.PathLike[str] | io.BytesIO, image_size: int | None, channels: int) -> np.ndarray:
     with Image.open(source) as image:
         image.load()
         upright = to_rgb(image)
+        if channels == 1:
+            upright = upright.convert("L")
         turn = _TURNS.get(_orientation(image))
         if turn is not None:
             upright = upright.transpose(turn)
-        return np.asarray(upright if image_size is None else center_crop(upright, image_size))
+        pixels = np.asarray(upright if image_size is None else center_crop(upright, image_size))
+        return pixels[..., None] if channels == 1 else pixels
 
 
 def _orientation(image: Image.Image) -> object:
@@ -183,7 +189,7 @@ def _without_text(path: str | os.PathLike[str], content: bytes | None) -> bytes 
 
 
 def to_signed(pixels: np.ndarray | Tensor) -> Tensor:
-    """uint8 pixels ``[..., 3, H, W]`` as float32 in [-1, 1]: 0 -> -1, 255 -> 1."""
+    """uint8 pixels ``[..., C, H, W]`` as float32 in [-1, 1]: 0 -> -1, 255 -> 1."""
     if isinstance(pixels, Tensor):
         return pixels.to(torch.float32).div_(127.5).sub_(1.0)
     # NumPy's arithmetic stays on the calling thread: a loader must not compete for PyTorch's with the training step.

@@ -10,7 +10,7 @@
 
 A shard holds ``labels`` int64 [n], ``indices`` int64 [n] (position in the source listing), ``digests`` uint8 [m, 32] (SHA-256
 of each of the m files that it was made of, the unreadable ones too) and either ``moments`` [n, 2, 2C, h, w] (float32 or
-float16; axis 1: the image and its mirror image) or ``pixels`` uint8 [n, 3, H, W], whose mirror image costs nothing to make.
+float16; axis 1: the image and its mirror image) or ``pixels`` uint8 [n, C, H, W], whose mirror image costs nothing to make.
 
 Version 1 had no ``digests``, and no checksum of the index itself.
 """
@@ -34,6 +34,7 @@ from torch import Tensor
 from .._files import json_text, read_json, write_json, write_safetensors
 from ..errors import DiffFitError
 from .base import BadImage
+from .listing import class_of
 
 FORMAT = "difffit_fast.features"
 VERSION = 2
@@ -73,7 +74,7 @@ class Layout:
     def shape(self, count: int) -> tuple[int, ...]:
         """Of the tensor of ``count`` images."""
         size = (self.size, self.size)
-        return (count, 3, *size) if self.kind == "pixels" else (count, 2, 2 * self.channels, *size)
+        return (count, self.channels, *size) if self.kind == "pixels" else (count, 2, 2 * self.channels, *size)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _parse(value: Mapping[str, Any]) -> Index:
     _expect(all(type(label) is int for label in labels), "labels should be integers")
     _expect(min(labels) >= 0 and max(labels) < len(names), f"a label lies outside its {len(names)} classes")
     for label, file in zip(labels, files, strict=True):
-        if type(file) is not str or file.partition("/")[0] != names[label]:
+        if type(file) is not str or class_of(file.partition("/")[0]) != names[label]:
             raise ValueError(f"the image {file!r} should lie in the folder of its class, {names[label]!r}")
     bad = value["bad"]
     for entry in bad:
@@ -284,7 +285,10 @@ def _check_layout(layout: Layout, image_size: int) -> None:
     _expect(layout.channels > 0 and layout.size > 0, "channels and size should be positive")
     factor, rest = divmod(image_size, layout.size)
     _expect(
-        not rest and factor > 0 and not factor & (factor - 1) and (not pixels or (factor, layout.channels) == (1, 3)),
+        not rest
+        and factor > 0
+        and not factor & (factor - 1)
+        and (not pixels or (factor == 1 and layout.channels in (1, 3))),
         f"{layout.kind} of {layout.channels} x {layout.size} x {layout.size} do not fit images of {image_size} pixels",
     )
 

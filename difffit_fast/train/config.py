@@ -36,6 +36,7 @@ from .._files import read_yaml, write_text
 from .._words import nearest
 from ..errors import DiffFitError
 from ..models.classes import CLASSES
+from .schedule import SCHEDULES
 from .settings import flag, option, settings_of
 
 # The learning rates that the paper and the public scripts use: ten times higher where little is trained.
@@ -65,7 +66,7 @@ class TrainConfig:
         None, "side of the images, pixels (default: that of the features, else 256)",
         steers=True, bounds=SIDE, part_of_model=True)
     vae: str = _data(
-        "ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels",
+        "ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels (gray ones for a model of one channel)",
         steers=True, part_of_model=True, null="none")
     flip: str = _data(
         "horizontal", "mirror half of the visits of images: horizontal; none where left and right are not alike (letters)",
@@ -121,6 +122,9 @@ class TrainConfig:
         None, "learning rate (default: 1e-3; full and lora: 1e-4)", steers=True, bounds=POSITIVE)
     weight_decay: float = _optimisation(0.0, "AdamW's weight decay", steers=True, bounds=NOT_NEGATIVE)
     warmup_steps: int = _optimisation(0, "steps of linear warm-up", steers=True, bounds=FROM_ZERO)
+    lr_schedule: str = _optimisation(
+        "constant", "the learning rate after its warm-up: constant, or falling to 0 at the last step as a cosine or linear",
+        steers=True, choices=tuple(SCHEDULES), unrecorded="constant")
     max_grad_norm: float = _optimisation(
         0.0, "clip the gradient to this norm; 0: do not", steers=True, bounds=NOT_NEGATIVE)
     ema_decay: float = _optimisation(
@@ -226,6 +230,11 @@ class TrainConfig:
         """``lr``, or the method's default."""
         return self.lr if self.lr is not None else DEFAULT_LR.get(self.method, DEFAULT_LR_SMALL)
 
+    @property
+    def _also_steering(self) -> tuple[str, ...]:
+        """Settings that steer training because of what others are: a falling rate falls to the last step."""
+        return ("max_steps",) if self.lr_schedule != "constant" else ()
+
     # -- keeping -------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -243,6 +252,6 @@ class TrainConfig:
         theirs = {
             name: other.get(name, setting.unrecorded)
             for name, setting in settings_of(type(self)).items()
-            if setting.steers and (name in other or setting.unrecorded is not None)
+            if (setting.steers or name in self._also_steering) and (name in other or setting.unrecorded is not None)
         }
         return {name: (value, mine[name]) for name, value in theirs.items() if value != mine[name]}

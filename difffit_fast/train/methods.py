@@ -69,7 +69,7 @@ def build_model(
     Its random parts (a base without --ckpt, new class rows, adapters) come from ``config.global_seed``.
 
     Args:
-        channels: channels of what the diffusion model sees (4 latents, 3 pixels).
+        channels: channels of what the diffusion model sees (4 latents, 3 pixels, 1 gray).
         input_size: its side.
         num_classes: classes of the model.
         dtype: arithmetic of the frozen weights.
@@ -88,7 +88,7 @@ def build_model(
             if file.config["in_channels"] != channels:
                 raise DiffFitError(
                     f"the checkpoint {config.ckpt} takes {file.config['in_channels']} channels, but the data gives "
-                    f"{channels} (--vae {config.vae}; pixels have 3 and the usual latents 4)"
+                    f"{channels} (--vae {config.vae}; pixels have 3, gray ones 1, and the usual latents 4)"
                 )
             # A row for dropped labels stays; one is made where dropping is asked for and there is none.
             null = file.has_null_class or bool(config.class_dropout_prob)

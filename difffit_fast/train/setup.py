@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .._processes import World
-from ..data import LatentSpace, PixelSpace, TrainingData
+from ..data import ImageFolder, LatentSpace, PixelSpace, TrainingData
 from ..errors import DiffFitError
+from ..models.checkpoint import ModelFile
 from ..models.classes import ClassRows
 from ..models.sizes import model_name
 from .captured import choose_capture
@@ -68,11 +69,12 @@ def assemble(
     """
     precision, slow = choose_precision(config.precision, device)
     config = config.replace(precision=precision)
-    source = open_source(config, device, data, val_data)
+    base = read_base(config) if model is None else None
+    source = open_source(config, device, data, val_data, _channels(config, model, base))
     num_classes = count_classes(config, model, source.data)
     names = list(source.data.class_names)
     names += (_class_names(model) or [f"class {i}" for i in range(num_classes)])[len(names) :]
-    model, objective = _model_and_objective(config, source, names, model)
+    model, objective = _model_and_objective(config, source, names, model, base)
     stream, validation = _streams(config, source, num_classes, _label_dropout(config, model))
     effective = config.replace(
         image_size=source.data.image_size, vae=source.vae, num_classes=num_classes, objective=objective.name,
@@ -104,18 +106,26 @@ def assemble(
 
 def _told(source: Source) -> list[str]:
     """What the data says of itself: images that were left out, and the like."""
-    return [note for data in (source.data, source.validation) for note in getattr(data, "notes", ())]
+    gray = isinstance(source.data, ImageFolder) and source.data.channels == 1
+    said = ["the model has one channel: images are read as gray"] if gray else []
+    return said + [note for data in (source.data, source.validation) for note in getattr(data, "notes", ())]
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------
 
 
+def _channels(config: TrainConfig, model: nn.Module | None, base: ModelFile | None) -> int | None:
+    """Channels of what the model sees, as far as anything says so before the data is there."""
+    if model is not None:
+        return getattr(model, "in_channels", None)
+    return base.config["in_channels"] if base is not None else config.model_args.get("in_channels")
+
+
 def _model_and_objective(
-    config: TrainConfig, source: Source, class_names: list[str], model: nn.Module | None
+    config: TrainConfig, source: Source, class_names: list[str], model: nn.Module | None, base: ModelFile | None
 ) -> tuple[nn.Module, Objective]:
     """The model, as it was given or as the settings ask for it, and the loss that suits it."""
     dtype = DTYPES[config.precision]
-    base = read_base(config) if model is None else None
     config = config.replace(objective=objective_of(config, base))
     if model is None:
         model = build_model(

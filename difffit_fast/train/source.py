@@ -36,19 +36,27 @@ class Source:
 
 
 def open_source(
-    config: TrainConfig, device: torch.device, data: TrainingData | None, validation: TrainingData | None
+    config: TrainConfig,
+    device: torch.device,
+    data: TrainingData | None,
+    validation: TrainingData | None,
+    channels: int | None = None,
 ) -> Source:
     """Open what the settings name, and load the autoencoder where one is needed.
 
     Args:
         data, validation: the data itself, in place of a path.
+        channels: of the model, where it is known: images without an autoencoder are read as gray for a model of one.
 
     Raises:
         DiffFitError: something is missing, or does not fit the rest.
     """
     if data is None:
         size = config.image_size if config.feature_path or config.image_size else 256
-        data = open_data(config.data_path, config.feature_path, size, flip=config.flip == "horizontal")
+        gray = channels == 1 and config.vae.lower() == "none"
+        data = open_data(
+            config.data_path, config.feature_path, size, flip=config.flip == "horizontal", channels=1 if gray else 3
+        )
     elif config.data_path or config.feature_path:
         raise DiffFitError("give the data itself or a path to it, not both")
     elif config.flip == "none" and getattr(data, "flip", False):
@@ -96,7 +104,10 @@ def count_classes(config: TrainConfig, model: nn.Module | None, data: TrainingDa
 def _open_validation(path: str, data: TrainingData) -> TrainingData:
     cached = (Path(path) / INDEX_FILE).is_file()
     where = {"feature_path": path} if cached else {"path": path}
-    other = open_data(image_size=data.image_size, flip=False, class_names=data.class_names, **where)
+    other = open_data(
+        image_size=data.image_size, flip=False, class_names=data.class_names,
+        channels=data.channels if isinstance(data, ImageFolder) else 3, **where,
+    )  # fmt: skip
     if list(other.class_names) != list(data.class_names):
         odd = sorted(set(other.class_names) ^ set(data.class_names)) or ["their order"]
         raise DiffFitError(f"--val-path {path} has other classes than the training data: {odd[0]}")

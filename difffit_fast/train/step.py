@@ -17,6 +17,7 @@ from ..errors import DiffFitError
 from ..graph import capture
 from ..models.dit import LabelEmbedder
 from .captured import Capture, CapturedGradients, Result
+from .schedule import rate_factor
 from .setup import Parts
 from .stream import Batch, share
 
@@ -39,7 +40,7 @@ class Stepper:
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config, self.device, self.world, self.tell = parts.config, parts.device, world, tell
-        self.model, self.objective = parts.forward, parts.objective
+        self.model, self.objective, self.total_steps = parts.forward, parts.objective, parts.total_steps
         self.parameters, self.optimizer = parts.parameters, optimizer
         # Every process divides by the global batch size and gradients are added: uneven shares weigh as they should.
         # FSDP averages over the processes instead.
@@ -150,9 +151,9 @@ class Stepper:
         config = self.config
         if config.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, self._norm)
-        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        rate = config.learning_rate * rate_factor(step, config.warmup_steps, self.total_steps, config.lr_schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * warm
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
