@@ -215,8 +215,11 @@ def test_compiles_without_a_graph_break():
     for ours, eager in zip(compiled(x, t, y), both(x, t, y), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
     model.train()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, y).sum().backward()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x, t, y).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    for count in (3, 2):  # labels are dropped at random, and the number of images varies
+        assert len(compiled(x[:count], t[:count], y[:count])) == count
 
 
 # --------------------------------------------------------------------------------------------- fixed embeddings

@@ -80,7 +80,9 @@ def label_dropout(
     half of classifier-free guidance (Ho & Salimans 2022).
     """
     if force_drop_ids is None:
-        drop = torch.rand(y.shape, device=y.device, generator=generator) < prob
+        # Without a generator, none is named: the compiler cannot trace one with a number of images that varies.
+        own = {} if generator is None else {"generator": generator}
+        drop = torch.rand(y.shape, device=y.device, **own) < prob
     else:
         drop = force_drop_ids == 1
     return torch.where(drop, null_class, y)
