@@ -84,6 +84,22 @@ def test_float64_is_exact(preset: str) -> None:
     assert max(worst(grads, want).values()) < 1e-10
 
 
+@pytest.mark.parametrize("how", ["half", "compute_dtype", "autocast"])
+def test_float16_on_the_cpu_runs_in_plain_pytorch(how: str) -> None:
+    """No C++ kernel takes float16, on whichever side of it: auto chooses by every dtype of a call, not by the stream's."""
+    plain, _ = pair()
+    fast = FastDiffFitDiT(**SMALL, compute_dtype=torch.float16 if how == "compute_dtype" else None)
+    fast.load_state_dict(plain.state_dict())
+    fast = fast.half() if how == "half" else fast
+    x, t, y = batch()
+    truth, want = loss_and_grads(plain.double(), x.double(), t, y)
+    with use_kernels("auto"), torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+        loss, grads = loss_and_grads(fast, x.half() if how == "half" else x, t, y)
+    assert abs(loss - truth) < 0.01 * abs(truth)
+    errors = {name: error for name, error in worst(grads, want).items() if "qkv.bias" not in name}
+    assert max(errors.values()) < 0.05, errors
+
+
 @pytest.mark.parametrize("kernels", rooms())
 @pytest.mark.parametrize("how", ["compute_dtype", "autocast"])
 def test_bf16_errs_no_more_than_plain_pytorch_under_autocast(kernels: str, how: str) -> None:

@@ -18,6 +18,19 @@ def test_without_bias_and_2d() -> None:
     check_numbers(lambda x: frozen_linear(x, w), lambda x: x @ w.double().t(), [x[0]], (True,), TOLERANCE[F32])
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 4), (3, 0, 4), (3, 5, 0), (0, 0, 0)])
+def test_sizes_of_zero_are_those_of_a_linear_layer(m: int, n: int, k: int) -> None:
+    inputs = [torch.randn(2, m, k), torch.randn(n, k), torch.randn(n)]
+    ours = [x.clone().requires_grad_(i != 1) for i, x in enumerate(inputs)]
+    theirs = [x.clone().requires_grad_(i != 1) for i, x in enumerate(inputs)]
+    got, want = frozen_linear(*ours), torch.nn.functional.linear(*theirs)
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    want.sum().backward()
+    for a, b in zip((ours[0], ours[2]), (theirs[0], theirs[2]), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_the_input_is_not_kept() -> None:
     """Nothing but the weight is saved: that is the memory that freezing saves."""
     x, w, b = linear_inputs(SIZE, F32, F32)

@@ -27,6 +27,15 @@ def test_gelu_far_from_zero(kernels: str) -> None:
         )
 
 
+@pytest.mark.parametrize(("d", "f"), [(0, 4), (4, 0), (0, 0)])
+def test_widths_of_zero(d: int, f: int) -> None:
+    h, b1 = torch.randn(2, 3, d, requires_grad=True), torch.randn(f, requires_grad=True)
+    out = frozen_mlp(h, torch.randn(f, d), b1, torch.randn(d, f))
+    assert out.shape == (2, 3, d) and not out.any()
+    out.sum().backward()
+    assert h.grad.shape == h.shape and b1.grad.shape == b1.shape
+
+
 def test_only_the_pre_activation_is_kept() -> None:
     h, w1, b1, w2 = mlp_inputs((2, 5, 72, 288), F32, F32)
     saved: list[Tensor] = []

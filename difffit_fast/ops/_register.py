@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,11 @@ from torch.autograd.function import once_differentiable
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("difffit_fast", "DEF")
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., n) as (M, n); ``reshape(-1, n)`` cannot tell M where n is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def register(

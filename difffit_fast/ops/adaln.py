@@ -60,7 +60,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_vectors("adaln", x, {"scale": scale, "shift": shift})
     x, scale, shift = x.contiguous(), scale.to(wide(x.dtype)).contiguous(), shift.to(wide(x.dtype)).contiguous()
-    return pick("adaln", adaln_forward, x)(x, scale, shift, eps, out_dtype)
+    return pick("adaln", adaln_forward, x, out_dtype)(x, scale, shift, eps, out_dtype)
 
 
 def _forward_fake(
@@ -73,7 +73,7 @@ def _forward_fake(
 
 def _backward(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, scale = x.contiguous(), scale.to(wide(x.dtype)).contiguous()
-    return pick("adaln", adaln_backward, x)(dh.contiguous(), x, scale, mean, rstd)
+    return pick("adaln", adaln_backward, x, dh.dtype)(dh.contiguous(), x, scale, mean, rstd)
 
 
 def _backward_fake(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:

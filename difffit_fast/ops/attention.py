@@ -298,7 +298,7 @@ def forget() -> None:
 def _check(z: Tensor, vectors: Tensor, num_heads: int) -> None:
     if z.dim() != 3 or num_heads < 1 or z.shape[-1] % (3 * num_heads) or not z.shape[-1]:
         raise ValueError(
-            f"attention: qkv must be (B, T, n) with n a multiple of 3·{num_heads} heads; got {tuple(z.shape)}"
+            f"attention: qkv must be (B, T, n) with n a positive multiple of 3·{num_heads} heads; got {tuple(z.shape)}"
         )
     b, d = z.shape[0], z.shape[-1] // 3
     if vectors.dim() != 3 or vectors.shape[0] not in (1, b) or vectors.shape[1] not in (1, 3) or vectors.shape[2] != d:

@@ -74,7 +74,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     _check(x, h, qkv, proj, fc1, fc2, vectors, joint1, joint2)
     shape, d = h.shape, h.shape[-1]
-    join = pick("residual", residual_adaln_forward, x)
+    join = pick("residual", residual_adaln_forward, x, h.dtype)
 
     z = linear(h.reshape(-1, d), qkv).view(*shape[:-1], 3 * d)
     o, lse = attention.forward(z, _wide(x, vectors), num_heads, backend)
@@ -127,12 +127,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
-    join = pick("residual", residual_adaln_backward, y1)
+    join = pick("residual", residual_adaln_backward, y1, branch1.dtype)
     with one_stage(y1):
         dy = None if dy is None else dy.contiguous()
         if dh is None:  # the end of a model that nothing but the stream is asked of
             dx = y2.new_zeros(y2.shape) if dy is None else dy
-            dbranch, *two = pick("residual", residual_backward, y1)(dx, branch2, joint2[0].contiguous())
+            dbranch, *two = pick("residual", residual_backward, y1, branch2.dtype)(dx, branch2, joint2[0].contiguous())
             djoint2 = torch.cat([torch.stack(two), joint2.new_zeros(2, *joint2.shape[1:])])
         else:
             dx, dbranch, djoint2 = join(dh.contiguous(), dy, y2, branch2, joint2[0], joint2[2], mean2, rstd2)

@@ -54,13 +54,13 @@ def room(device: torch.device, dtype: torch.dtype, has_triton: bool = True) -> s
     return _rooms.room(device, dtype, _has_cpp, has_triton)
 
 
-def pick(stem: str, reference: Callable, like: torch.Tensor, *, has_triton: bool = True) -> Callable:
-    """The function of ``reference``'s name in the room that serves tensors like ``like``.
+def pick(stem: str, reference: Callable, like: torch.Tensor, *dtypes: torch.dtype, has_triton: bool = True) -> Callable:
+    """The function of ``reference``'s name in the room that serves tensors like ``like``, and the other ``dtypes`` of the call.
 
     Where a reference would take the name of the operation itself it ends in ``_reference``; the others do not.
     """
     where = room(like.device, like.dtype, has_triton)
-    if where == "reference":
+    if where == "reference" or any(room(like.device, dtype, has_triton) == "reference" for dtype in dtypes):
         return reference
     name = reference.__name__.removesuffix("_reference")
     return getattr(cpp_ops() if where == "cpp" else triton_kernels(stem), name)

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ._register import check_frozen, register, wide
+from ._register import check_frozen, register, rows, wide
 from .colsum import colsum
 from .gemm import check_operands, dgrad, linear
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_operands("frozen_linear", x, weight)
-    return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return linear(rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,8 +25,8 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(dy: Tensor, weight: Tensor, need_dx: bool, need_db: bool) -> tuple[Tensor, Tensor]:
-    n, k = weight.shape
-    dy2 = dy.reshape(-1, n).contiguous()
+    k = weight.shape[1]
+    dy2 = rows(dy).contiguous()
     dx = dgrad(dy2, weight).view(*dy.shape[:-1], k) if need_dx else dy.new_empty(0)
     db = colsum(dy2) if need_db else dy.new_empty(0, dtype=wide(dy.dtype))
     return dx, db

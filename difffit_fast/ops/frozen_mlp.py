@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .. import _ext
 from ..errors import DiffFitError
-from ._register import check_frozen, register, wide
+from ._register import check_frozen, register, rows, wide
 from .dispatch import cpp_ops, pick
 from .gemm import check_operands, dgrad, has_packed, linear
 from .linear_gelu import dgelu_dgrad, linear_gelu
@@ -103,7 +103,7 @@ def backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) 
 
 def _forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     _check(h, w1, w2)
-    branch, u = forward(h.reshape(-1, h.shape[-1]), w1, b1, w2)
+    branch, u = forward(rows(h), w1, b1, w2)
     return branch.view(*h.shape[:-1], w2.shape[0]), u
 
 
@@ -114,7 +114,7 @@ def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor
 
 
 def _backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
-    dbranch2 = dbranch.reshape(-1, w2.shape[0]).contiguous()
+    dbranch2 = rows(dbranch).contiguous()
     dh, db1 = backward(dbranch2, w1, w2, u, need_dh)
     return (dh.view(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dh), db1
 

@@ -67,7 +67,9 @@ def _check_branch(name: str, x: Tensor, branch: Tensor, vectors: dict[str, Tenso
 
 def _forward(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
     _check_branch("residual", x, branch, {"gate": gate, "bias": bias})
-    return pick("residual", residual_forward, x)(x.contiguous(), branch.contiguous(), *_vectors(x, gate, bias))
+    return pick("residual", residual_forward, x, branch.dtype)(
+        x.contiguous(), branch.contiguous(), *_vectors(x, gate, bias)
+    )
 
 
 def _forward_fake(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
@@ -76,7 +78,9 @@ def _forward_fake(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor) -> Tens
 
 
 def _backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return pick("residual", residual_backward, dy)(dy.contiguous(), branch.contiguous(), *_vectors(dy, gate))
+    return pick("residual", residual_backward, dy, branch.dtype)(
+        dy.contiguous(), branch.contiguous(), *_vectors(dy, gate)
+    )
 
 
 def _backward_fake(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +142,9 @@ def _join_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_branch("residual_adaln", x, branch, {"gate": gate, "bias": bias, "scale": scale, "shift": shift})
     x, branch = x.contiguous(), branch.contiguous()
-    return pick("residual", residual_adaln_forward, x)(x, branch, *_vectors(x, gate, bias, scale, shift), eps)
+    return pick("residual", residual_adaln_forward, x, branch.dtype)(
+        x, branch, *_vectors(x, gate, bias, scale, shift), eps
+    )
 
 
 def _join_forward_fake(
@@ -154,7 +160,7 @@ def _join_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy = None if dy is None else dy.contiguous()
     gate, scale = _vectors(y, gate, scale)
-    return pick("residual", residual_adaln_backward, y)(
+    return pick("residual", residual_adaln_backward, y, branch.dtype, dh.dtype)(
         dh.contiguous(), dy, y, branch.contiguous(), gate, scale, mean, rstd
     )
 
