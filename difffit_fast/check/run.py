@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .._files import TEMPORARY, is_leftover
 from ..errors import DiffFitError
+from ..models.bases import model_path
 from ..models.load import RUN_SETTINGS
 from ..train.checkpoint import CheckpointFolder
 from ..train.config import TrainConfig
@@ -25,7 +26,7 @@ def check_run(path: Path, report: Report) -> None:
     else:
         for name in ("data_path", "feature_path", "ckpt"):
             value = getattr(config, name, None)
-            if value and not Path(value).exists():
+            if value and not (model_path(value) if name == "ckpt" else Path(value)).exists():
                 report.suspicious("paths of its settings that are not there (from this folder)", f"{name}: {value}")
     _check_checkpoints(CheckpointFolder(path / "checkpoints"), report)
     metrics = read_metrics(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .._files import check_target, write_text
 from ..check import check
+from ..models.bases import model_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Check; 1 when something is wrong."""
     if args.json and args.json != "-":
         check_target(args.json, "--json")
-    report = check(Path(args.path), args.image_size)
+    report = check(model_path(args.path), args.image_size)
     text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
     if args.json and args.json != "-":
         write_text(Path(args.json), text)

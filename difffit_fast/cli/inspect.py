@@ -14,6 +14,7 @@ from .._files import read_yaml
 from ..data import LatentCache
 from ..data.shards import INDEX_FILE
 from ..errors import DiffFitError
+from ..models.bases import model_path
 from ..models.checkpoint import image_pixels, read_model
 from ..models.delta import read_delta
 from ..models.header import read_header
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = describe(Path(args.path))
+    facts = describe(model_path(args.path))
     if args.json:
         print(json.dumps(facts, indent=1))
     else:

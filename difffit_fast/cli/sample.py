@@ -15,6 +15,7 @@ from .._devices import choose_device
 from .._files import check_target, sha256
 from .._processes import World
 from ..errors import DiffFitError
+from ..models.bases import model_path
 from ..models.sizes import model_name
 from ..sample.sampler import DDPM_SAMPLERS, FLOW_METHODS, SAMPLERS
 
@@ -24,7 +25,10 @@ FLOW_DEFAULT = "euler"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``difffit sample`` to ``parser``; names and meanings are those of DiT's ``sample*.py``."""
     add = parser.add_argument
-    add("--ckpt", help="DiT or SiT checkpoint, .pt or .safetensors (default with --delta: the one of its run)")
+    add(
+        "--ckpt",
+        help="DiT or SiT checkpoint, or a base of the package by name (default with --delta: that of its run)",
+    )
     add("--delta", help="what fine-tuning wrote, applied to the checkpoint")
     add("--merge", action="store_true", help="fold the delta into the weights first")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, if the file has both")
@@ -172,7 +176,7 @@ def _sample_folder(args: argparse.Namespace, sampler: Any, world: Any) -> None:
     from ..sample.folder import other_images, sample_to_folder
 
     files = {name: getattr(args, name) for name in ("ckpt", "delta") if getattr(args, name)}
-    settings = {f"{name}_sha256": sha256(Path(path)) for name, path in files.items()} if world.main else {}
+    settings = {f"{name}_sha256": sha256(model_path(path)) for name, path in files.items()} if world.main else {}
     settings = world.from_main(settings)
     folder = Path(args.sample_dir) / folder_name(args, sampler)
     npz = sample_to_folder(

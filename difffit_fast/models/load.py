@@ -13,6 +13,7 @@ import torch
 from .._files import read_yaml
 from .._words import shown
 from ..errors import DiffFitError
+from .bases import model_path
 from .checkpoint import ModelFile, image_pixels, read_model
 from .delta import read_delta
 from .dit import DiT
@@ -56,7 +57,8 @@ def load_model(
     """Load ``ckpt``, or ``ckpt`` with ``delta`` applied on the fly (``merge=True``: folded into an ordinary DiT first).
 
     Args:
-        ckpt: any DiT or SiT checkpoint; None with a delta that lies in its run folder, whose settings name the base.
+        ckpt: any DiT or SiT checkpoint, or the name of a base of the package; None with a delta that lies in its run folder,
+            whose settings name the base.
         weights: "ema" or "model" where a checkpoint has both, or the name of a set.
         name: published name that the model should have, such as "SiT-XL/2".
         num_heads: for widths that were never published, in files that do not record it.
@@ -105,7 +107,7 @@ def _with_delta(
     if ckpt is None:
         model = FastDiffFitDiT.from_dit(random_dit(config, seed), difffit=difffit, compute_dtype=compute_dtype)
     else:
-        if found_by and not Path(ckpt).exists():
+        if found_by and not model_path(ckpt).exists():
             raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
         file = read_model(ckpt, weights)
         with warnings.catch_warnings(), seeded(0):

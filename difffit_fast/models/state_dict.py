@@ -32,6 +32,7 @@ from torch import Tensor
 from .._files import read_json, safetensors_metadata
 from .._words import first_line, shown
 from ..errors import DiffFitError
+from .bases import base_names, model_path
 from .dit import STATE_DICT_KEY
 from .header import decode_header
 
@@ -81,14 +82,15 @@ def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """The weights of a DiT in a file, on the CPU, as they were stored.
 
     Args:
-        path: ``.pt`` and its kin, ``.safetensors``, the index of a sharded checkpoint, or a folder that holds one of these.
+        path: ``.pt`` and its kin, ``.safetensors``, the index of a sharded checkpoint, a folder that holds one of these, or
+            the name of a base of the package (:mod:`.bases`).
         weights: which set to take where the file has several: "ema" (averaged, else the others), "model" (not averaged),
             or the name of one.
 
     Raises:
         DiffFitError: the file is missing, unreadable, holds no DiT, or values that are not finite.
     """
-    path = _file(Path(path))
+    path = _file(model_path(path))
     if path.name.endswith(".index.json"):
         content, strings = _read_shards(path)
     elif is_safetensors(path):
@@ -320,7 +322,9 @@ def _file(path: Path) -> Path:
         return path
     if not path.is_dir():
         where = "" if path.is_absolute() else f" (from the folder {Path.cwd()})"
-        raise DiffFitError(f"checkpoint not found: {path}{where}")
+        bases = base_names() if path.parent == Path() and not path.suffix else []
+        named = f"; the bases that come with the package are {', '.join(bases)}" if bases else ""
+        raise DiffFitError(f"checkpoint not found: {path}{where}{named}")
     for name in (*INDEX_FILES, *WEIGHT_FILES):
         if (path / name).is_file():
             return path / name

@@ -87,7 +87,8 @@ class TrainConfig:
     model_args: dict = _model(
         {}, "sizes other than the model's, e.g. depth=2 hidden_size=64 num_heads=2", steers=True, part_of_model=True)
     ckpt: str | None = _model(
-        None, "pre-trained DiT or SiT checkpoint (default: random weights, for trying out)", steers=True)
+        None, "pre-trained DiT or SiT checkpoint, or a base of the package by name (default: random weights)",
+        steers=True)
     num_heads: int | None = _model(
         None, "attention heads, for unpublished widths in files that do not record them", steers=True, bounds=SIDE)
     classes: str = _model(
