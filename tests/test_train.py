@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -51,7 +52,8 @@ def settings(images: Path, folder: Path, **changes: object) -> dict:
 
 
 def train(images: Path, folder: Path, **changes: object):
-    with pytest.warns(UserWarning, match="random"):
+    frozen = changes.get("method") != "full" and not changes.get("ckpt")
+    with pytest.warns(UserWarning, match="frozen weights are random") if frozen else contextlib.nullcontext():
         trainer = Trainer(**settings(images, folder, **changes))
     return trainer, trainer.train()
 
@@ -293,16 +295,32 @@ def test_accumulation_and_clipping(images: Path, tmp_path: Path) -> None:
     a, b = ([m["loss"] for m in read_metrics(r.folder)] for r in (whole, parts))
     assert a == pytest.approx(b, rel=1e-5)
     trainer = Trainer(**settings(images, tmp_path, max_grad_norm=1e-3), model=tiny())
-    norms = []
-    step = trainer.optimizer.step
+    norms, before = [], []
+    step, update = trainer.optimizer.step, trainer.stepper.update
+
+    def norm() -> float:
+        return math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainer.parameters.values()))
 
     def spy() -> None:
-        norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainer.parameters.values())))
+        norms.append(norm())
         step()
 
     trainer.optimizer.step = spy
-    trainer.train()
+    trainer.stepper.update = lambda number: (before.append(norm()), update(number))
+    folder = trainer.train().folder
     assert len(norms) == 8 and max(norms) == pytest.approx(1e-3, rel=1e-3)
+    assert [m["grad_norm"] for m in read_metrics(folder)] == pytest.approx(before, rel=1e-5) and min(before) > 2e-3
+
+
+def test_training_from_scratch_freezes_nothing_and_warns_of_nothing(images: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = Trainer(**settings(images, tmp_path, method="full", max_steps=1, global_seed=3)).train()
+    said = "no --ckpt: the model is trained from scratch, from seed 3"
+    assert (result.folder / "log.txt").read_text().count(said) == 1
+    for changes in ({"ckpt": str(result.delta), "model_args": {}, "method": "full"}, {}):
+        _, other = train(images, tmp_path / "others", max_steps=1, **changes)
+        assert "from scratch" not in (other.folder / "log.txt").read_text()
 
 
 def test_warm_up(images: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class TrainConfig:
         "constant", "the learning rate after its warm-up: constant, or falling to 0 at the last step as a cosine or linear",
         steers=True, choices=tuple(SCHEDULES), unrecorded="constant")
     max_grad_norm: float = _optimisation(
-        0.0, "clip the gradient to this norm; 0: do not", steers=True, bounds=NOT_NEGATIVE)
+        0.0, "clip the gradient to this norm (metrics.jsonl has the norms before); 0: do not", steers=True, bounds=NOT_NEGATIVE)
     ema_decay: float = _optimisation(
         0.9999, "decay of the averaged weights, after its own warm-up", steers=True, bounds=FRACTION)
     max_steps: int | None = _optimisation(

@@ -16,7 +16,7 @@ from ..models.classes import ClassRows
 from ..models.sizes import model_name
 from .captured import choose_capture
 from .config import DEFAULT_STEPS, TrainConfig
-from .methods import build_model, objective_of, read_base
+from .methods import build_model, objective_of, read_base, trains_whole
 from .objective import DTYPES, Objective, choose_precision
 from .source import Source, count_classes, open_source
 from .stream import TrainStream, ValidationStream, affordable_workers, choose, hold_out
@@ -70,6 +70,7 @@ def assemble(
     precision, slow = choose_precision(config.precision, device)
     config = config.replace(precision=precision)
     base = read_base(config) if model is None else None
+    made_anew = model is None and base is None
     source = open_source(config, device, data, val_data, _channels(config, model, base))
     num_classes = count_classes(config, model, source.data)
     names = list(source.data.class_names)
@@ -83,6 +84,7 @@ def assemble(
     )  # fmt: skip
     chosen = getattr(model, "classes", None) if config.ckpt is not None else None
     classes = chosen.said if chosen is not None else ""
+    scratch = f"no --ckpt: the model is trained from scratch, from seed {config.global_seed}"
     known = hasattr(model, "hidden_size")
     name = model_name(vars(model), objective.name) if known else config.model or type(model).__name__
     captured, how = choose_capture(config, device, model)
@@ -100,7 +102,11 @@ def assemble(
         forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
         space=source.decoder, class_names=names,
         total_steps=effective.max_steps, num_workers=workers, captured=captured,
-        notes=[note for note in (slow, how, classes, few, *_told(source)) if note],
+        notes=[
+            note
+            for note in (slow, how, scratch if made_anew and trains_whole(model) else "", classes, few, *_told(source))
+            if note
+        ],
     )  # fmt: skip
 
 

@@ -252,7 +252,7 @@ class Trainer:
         loss, rate = self.readback.close_window(), self.pace.rate(self.step)
         self.tracker.say(f"(step={self.step:07d}) Train Loss: {loss:.4f}, Train Steps/Sec: {rate:.2f}")
         self.tracker.numbers(
-            self.step, loss=loss, lr=self.optimizer.param_groups[0]["lr"], epoch=self.position / len(self.stream),
-            images_per_second=rate * self.config.global_batch_size,
+            self.step, loss=loss, lr=self.optimizer.param_groups[0]["lr"], grad_norm=self.readback.grad_norm,
+            epoch=self.position / len(self.stream), images_per_second=rate * self.config.global_batch_size,
         )  # fmt: skip
         self.pace.restart(self.step)
