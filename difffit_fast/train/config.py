@@ -143,7 +143,11 @@ class TrainConfig:
     ckpt_every: int = _run(1000, "steps between checkpoints", steers=False, bounds=FROM_ONE)
     keep_checkpoints: int = _run(5, "newest checkpoints to keep; 0: all", steers=False, bounds=FROM_ZERO)
     val_every: int = _run(
-        1000, "steps between validation losses, where there is validation data", steers=False, bounds=FROM_ONE)
+        1000, "steps between validation losses, where there is validation data; the first and the last step have theirs anyway",
+        steers=False, bounds=FROM_ONE)
+    best_by: str = _run(
+        "none", "val: the averaged weights of the smallest validation loss so far are kept as checkpoints/best.safetensors",
+        steers=False, choices=("none", "val"), null="none")
     sample_every: int = _run(0, "steps between grids of samples; 0: none", steers=False, bounds=FROM_ZERO)
     num_samples: int = _run(8, "images in such a grid", steers=False, bounds=GRID)
     num_sampling_steps: int = _run(50, "sampling steps of such a grid", steers=False, bounds=STEPS)

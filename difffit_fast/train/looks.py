@@ -38,18 +38,22 @@ class Looks:
             if parts.space is None:
                 raise DiffFitError("--fid-every needs a decoder: images or --vae with its weights")
 
-    def __call__(self, step: int, folder: Path, tracker: Tracker) -> None:
-        """Take every look that is due after ``step``; what is seen goes to ``tracker``, pictures to ``folder``."""
+    def __call__(self, step: int, folder: Path, tracker: Tracker) -> float | None:
+        """Take every look that is due after ``step``; what is seen goes to ``tracker``, pictures to ``folder``.
+
+        Returns the validation loss, on all processes, where it was due: after the last step it always is.
+        """
 
         def due(every: int) -> bool:
             return every > 0 and step % every == 0
 
-        if self.parts.validation is not None and due(self.config.val_every):
-            self._validate(step, tracker)
+        last = step == self.parts.total_steps
+        loss = self.validate(step, tracker) if last or due(self.config.val_every) else None
         if self.parts.space is not None and self._takes_part and due(self.config.sample_every):
             self._sample(step, folder / "samples" / f"{step:07d}.png", tracker)
         if self._frechet is not None and due(self.config.fid_every):
             self._measure(step, self._frechet, tracker)
+        return loss
 
     @contextlib.contextmanager
     def _averages(self) -> Iterator[None]:
@@ -63,14 +67,17 @@ class Looks:
             self.parts.model.train()
             self.ema.exchange()
 
-    def _validate(self, step: int, tracker: Tracker) -> None:
-        """The loss on the fixed validation set."""
+    def validate(self, step: int, tracker: Tracker) -> float | None:
+        """The loss on the fixed validation set; None without one."""
         parts, config = self.parts, self.config
+        if parts.validation is None:
+            return None
         size = max(1, config.global_batch_size // self.world.size // config.accumulate)
         with self._averages():
             loss = validation_loss(parts.objective, parts.forward, parts.validation, self.world, size, parts.device)
         tracker.say(f"(step={step:07d}) Val Loss: {loss:.4f} ({len(parts.validation)} images)")
         tracker.numbers(step, val_loss=loss)
+        return loss
 
     def _sample(self, step: int, path: Path, tracker: Tracker) -> None:
         """A grid of every class in turn, at fixed seeds."""

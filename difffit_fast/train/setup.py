@@ -77,6 +77,8 @@ def assemble(
     names += (_class_names(model) or [f"class {i}" for i in range(num_classes)])[len(names) :]
     model, objective = _model_and_objective(config, source, names, model, base)
     stream, validation = _streams(config, source, num_classes, _label_dropout(config, model))
+    if config.best_by == "val" and validation is None:
+        raise DiffFitError("--best-by val needs validation data: give --val-path or --val-fraction; got neither")
     effective = config.replace(
         image_size=source.data.image_size, vae=source.vae, num_classes=num_classes, objective=objective.name,
         lr=config.learning_rate, max_steps=_total_steps(config, len(stream)), epochs=None,

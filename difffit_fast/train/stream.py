@@ -9,6 +9,8 @@ after a resume.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import multiprocessing.queues
 import os
@@ -128,6 +130,15 @@ class ValidationStream(TrainStream):
 
     Timesteps are spread evenly over the samples (stratified), which takes most of the noise out of the comparison.
     """
+
+    @property
+    def hash(self) -> str:
+        """Which images these are, by number and, where they are files, by name, and which noise: losses on streams with the
+        same one can be compared."""
+        files = getattr(self.data, "files", None)
+        names = [str(files[i]) for i in self.indices] if files else len(self.data)
+        told = json.dumps([self.seed, self.indices.tolist(), names])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def load(self, position: int, into: Batch, row: int) -> None:
         index = int(self.indices[position])
