@@ -43,6 +43,7 @@ from .settings import flag, option, settings_of
 DEFAULT_LR = {"full": 1e-4, "lora": 1e-4}
 DEFAULT_LR_SMALL = 1e-3
 DEFAULT_STEPS = 24_000  # the transfer protocol of the literature
+DEFAULT_WORKERS = 4  # that prepare batches, at most
 
 _data, _model, _optimisation, _run = (partial(option, group) for group in ("data", "model", "optimisation", "run"))
 _processes = partial(option, "several processes (started with torchrun)")
@@ -79,8 +80,9 @@ class TrainConfig:
         0.0, "part of the training data held out for the validation loss",
         steers=True, bounds=FRACTION, rival="val_path")
     val_samples: int = _data(512, "images that the validation loss looks at, at most", steers=False, bounds=FROM_ONE)
-    num_workers: int = _data(
-        4, "processes that prepare batches; 0: one thread of this process", steers=False, bounds=WORKERS)
+    num_workers: int | None = _data(
+        None, "processes that prepare batches, as far as there are CPUs beside the one that trains; 0: a thread of this process "
+        f"(default: {DEFAULT_WORKERS}, or as many as there are CPUs for)", steers=False, bounds=WORKERS)
     # model
     model: str | None = _model(
         None, "DiT-XL/2, SiT-XL/2 and their kin (default: that of --ckpt, else DiT-XL/2)", steers=True)

@@ -32,7 +32,7 @@ class Parts:
         model: on the device, and sharded if it is to be; ``forward`` is how to call it, compiled or not.
         parameters: what trains, by name.
         space: decodes samples; None where there is nothing to decode them with.
-        num_workers: processes that load data, as many as wished or as there is shared memory for.
+        num_workers: processes that load data, as many as wished or as there are CPUs and shared memory for.
         captured: whether forward and backward are to run from a CUDA graph.
         notes: what the user should hear.
     """
@@ -97,8 +97,7 @@ def assemble(
     if not parameters:
         raise DiffFitError("the model has no trainable parameter")
     mine = -(-config.global_batch_size // world.size)
-    workers, few = affordable_workers(config.num_workers * world.size, stream.batch_bytes(mine))
-    workers //= world.size
+    workers, few = affordable_workers(config.num_workers, stream.batch_bytes(mine), world.local_size)
     return Parts(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
         forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .._devices import usable_cpus
 from .._words import first_line
 from ..data.base import TrainingData, visit_rng, visit_seed
 from ..errors import DiffFitError
+from .config import DEFAULT_WORKERS
 
 # Tags that keep the streams of random numbers apart.
 _SHUFFLE, _DRAWS, _VALIDATION, _SPLIT = 0x5348, 0x4452, 0x5641, 0x5350
@@ -265,32 +267,46 @@ def _cannot_hand_over(error: Exception, batch: Any) -> None:
     os._exit(1)
 
 
-# -- shared memory -----------------------------------------------------------------------------------------------------
+# -- how many workers --------------------------------------------------------------------------------------------------
 SHARED_MEMORY = "/dev/shm"
 _AHEAD = 2  # batches that the loader asks of every worker in advance
 
 
-def affordable_workers(wanted: int, batch_bytes: int) -> tuple[int, str | None]:
-    """How many workers can hand their batches over in the shared memory that is there, and what to say about it.
+def affordable_workers(wanted: int | None, batch_bytes: int, processes: int = 1) -> tuple[int, str | None]:
+    """How many workers a process has CPUs for, and shared memory to hand their batches over, and what to say about it.
 
-    Workers put whole batches there, two each at most, and one more is in use; containers often have 64 MB.
+    One CPU trains; where there is no other, a thread prepares the batches. Workers put whole batches into shared memory, two
+    each at most, and one more is in use; containers often have 64 MB of it.
+
+    Args:
+        wanted: workers of a process; None for the default, of which it is not said that there are too few CPUs.
+        batch_bytes: what a batch of a process takes.
+        processes: that train on this machine.
     """
+    count = DEFAULT_WORKERS if wanted is None else wanted
+    cpus = usable_cpus()
+    by_cpus = min(count, max(0, cpus // processes - 1))
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:  # a system that does it some other way
-        return wanted, None
-    count = min(wanted, max(0, free // max(1, batch_bytes) - 1) // _AHEAD)
-    if count == wanted:
-        return wanted, None
-    how = (
-        f"{count} data workers instead of {wanted}"
-        if count
-        else f"a thread of this process instead of {wanted} data workers"
-    )
-    return count, (
-        f"{how}: {SHARED_MEMORY} has {free / 2**20:.0f} MB free, and a batch takes {batch_bytes / 2**20:.1f} "
-        "(docker run --shm-size, or --ipc=host, gives more)"
-    )
+        by_memory = count
+    else:
+        by_memory = min(count, max(0, free // max(1, batch_bytes) - processes) // (_AHEAD * processes))
+    if by_memory < by_cpus:
+        return by_memory, (
+            f"{_instead(by_memory, count)}: {SHARED_MEMORY} has {free / 2**20:.0f} MB free, and a batch takes "
+            f"{batch_bytes / 2**20:.1f} (docker run --shm-size, or --ipc=host, gives more)"
+        )
+    if wanted is None or by_cpus == wanted:
+        return by_cpus, None
+    of = f"of {cpus} CPU(s) training takes one" if processes == 1 else f"{processes} processes train on {cpus} CPUs"
+    return by_cpus, f"{_instead(by_cpus, wanted)}: {of}"
+
+
+def _instead(count: int, wanted: int) -> str:
+    if count:
+        return f"{count} data workers instead of {wanted}"
+    return f"a thread of this process instead of {wanted} data workers"
 
 
 def _one_thread_ahead(stream: TrainStream, positions: _Positions, pin_memory: bool) -> Iterator[Batch]:
