@@ -143,6 +143,11 @@ def test_sharded_full_fine_tuning_matches_one_process(images: Path, tmp_path: Pa
         codes, outputs = finish(launch(count, words(images, tmp_path / str(count), **common), tmp_path / "logs"))
         assert codes == [0] * count, outputs
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+    again = words(images, tmp_path / "again", **common, gradient_checkpointing=True)
+    codes, outputs = finish(launch(2, again, tmp_path / "logs"))  # blocks are gathered once more, in the backward pass
+    assert codes == [0, 0], outputs
+    file = "000-DiT-custom/checkpoints/0000006.state/tensors.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
     tensors = [CheckpointFolder(tmp_path / n / "000-DiT-custom" / "checkpoints").newest().tensors() for n in "12"]
     assert tensors[0].keys() == tensors[1].keys()
     for name, value in tensors[0].items():

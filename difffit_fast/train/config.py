@@ -112,6 +112,9 @@ class TrainConfig:
         steers=True, choices=("auto", "bf16", "fp32"))
     tf32: bool = _model(True, "TF32 matrix products in fp32 on GPUs that have them", steers=True)
     compile: bool = _model(False, "run the model through torch.compile", steers=True)
+    gradient_checkpointing: bool = _model(
+        False, "compute each block again in the backward pass instead of keeping what it needs: less memory, and a second "
+        "forward pass; the same gradients", steers=False)
     cuda_graph: str = _model(
         "auto", "replay forward and backward from a CUDA graph, which keeps the memory of a step's activations while the "
         "run lasts; auto: where that can be", steers=False, choices=("auto", "on", "off"))

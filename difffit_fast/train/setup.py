@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .._processes import World
 from ..data import ImageFolder, LatentSpace, PixelSpace, TrainingData
 from ..errors import DiffFitError
 from ..models.checkpoint import ModelFile
 from ..models.classes import ClassRows
+from ..models.dit import DiT
 from ..models.sizes import model_name
 from .captured import choose_capture
 from .config import DEFAULT_STEPS, TrainConfig
@@ -89,6 +91,8 @@ def assemble(
     scratch = f"no --ckpt: the model is trained from scratch, from seed {config.global_seed}"
     known = hasattr(model, "hidden_size")
     name = model_name(vars(model), objective.name) if known else config.model or type(model).__name__
+    if config.gradient_checkpointing:
+        _checkpoint_blocks(model)
     captured, how = choose_capture(config, device, model)
     model = model.to(device)
     if config.fsdp:
@@ -159,6 +163,19 @@ def _class_names(model: nn.Module) -> list[str] | None:
     """The names of the classes that a model was made with, where it knows them."""
     chosen = getattr(model, "classes", None)
     return list(chosen.names) if isinstance(chosen, ClassRows) and chosen.names is not None else None
+
+
+def _checkpoint_blocks(model: nn.Module) -> None:
+    """Let every block be computed again in the backward pass, where that gives the same gradients."""
+    if not isinstance(model, DiT):
+        raise DiffFitError(f"--gradient-checkpointing is for models of this package, not for {type(model).__name__}")
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise DiffFitError(
+                "--gradient-checkpointing computes blocks twice, and expected the same both times, but "
+                f"blocks.{name} is random: {module}"
+            )
+    model.gradient_checkpointing = True
 
 
 def _shard(model: nn.Module, world: World) -> None:
