@@ -75,7 +75,8 @@ class TrainConfig:
     num_classes: int | None = _data(
         None, "classes of the model (default: those of the data)", steers=True, bounds=CLASS_COUNT, part_of_model=True)
     val_path: str | None = _data(
-        None, "images by class, or cached features, for the validation loss", steers=False, rival="val_fraction")
+        None, "images by class, or cached features, for the validation loss; of classes of the training data or of --ckpt",
+        steers=False, rival="val_fraction")
     val_fraction: float = _data(
         0.0, "part of the training data held out for the validation loss",
         steers=True, bounds=FRACTION, rival="val_path")
@@ -94,7 +95,8 @@ class TrainConfig:
         None, "attention heads, for unpublished widths in files that do not record them", steers=True, bounds=SIDE)
     classes: str = _model(
         "match", "rows of the class table that classes start from: match takes those of --ckpt by name and makes others from "
-        "the names most like theirs, keep makes none, new draws all at random", steers=True, choices=CLASSES)
+        "the names most like theirs, keep makes none and keeps those that no image is of, new draws all at random",
+        steers=True, choices=CLASSES)
     method: str = _model(
         "difffit", "difffit, bitfit, full, lora, or another of difffit_fast.baselines", steers=True, part_of_model=True)
     method_args: dict = _model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -80,8 +80,8 @@ class Looks:
         return loss
 
     def _sample(self, step: int, path: Path, tracker: Tracker) -> None:
-        """A grid of every class in turn, at fixed seeds."""
-        labels = [i % self.parts.model.num_classes for i in range(self.config.num_samples)]
+        """A grid of every class in turn that training images are of, at fixed seeds."""
+        labels = self._in_turn(self.config.num_samples)
         with self._averages():
             images = self._sampler().sample(labels, self.config.global_seed)
         if self.world.main:
@@ -91,12 +91,15 @@ class Looks:
             tracker.image(step, path)
 
     def _measure(self, step: int, frechet: FrechetDistance, tracker: Tracker) -> None:
-        """The Fréchet distance of samples of every class in turn."""
+        """The Fréchet distance of samples of every class in turn that training images are of."""
         with self._averages():
-            name, value = frechet(self._sampler(), self.parts.model.num_classes)
+            name, value = frechet(self._sampler(), self._in_turn(self.config.fid_samples))
         if self.world.main:
             tracker.say(f"(step={step:07d}) {name.upper()}: {value:.3f} ({self.config.fid_samples} samples)")
             tracker.numbers(step, **{name: value})
+
+    def _in_turn(self, count: int) -> list[int]:
+        return [self.parts.shown[i % len(self.parts.shown)] for i in range(count)]
 
     def _sampler(self) -> Sampler:
         """The sampler that the settings ask for; guided where the model has a null class."""
@@ -109,7 +112,7 @@ class Looks:
 
 
 class FrechetDistance:
-    """Fréchet distance of ``fid_samples`` samples, always from the same noise, to the reference; its statistics once.
+    """Fréchet distance of samples, always from the same noise, to the reference; its statistics once.
 
     Raises:
         DiffFitError: no reference to compare with, no Inception weights, or a reference that cannot be read.
@@ -126,11 +129,10 @@ class FrechetDistance:
         self.evaluate = Evaluator(
             reference, resolve_features(config.fid_features), device=device, image_size=config.image_size, **options
         )
-        self.count, self.seed = config.fid_samples, config.global_seed
+        self.seed = config.global_seed
 
-    def __call__(self, sampler: Sampler, num_classes: int) -> tuple[str, float]:
-        """The metric's name ("fid", or "fd" in other features than Inception's) and its value."""
-        labels = [i % num_classes for i in range(self.count)]
+    def __call__(self, sampler: Sampler, labels: Sequence[int]) -> tuple[str, float]:
+        """The metric's name ("fid", or "fd" in other features than Inception's) and its value for samples of ``labels``."""
         result = self.evaluate(sampler.sample(labels, self.seed))
         name = self.evaluate.metrics[0]
         return name, float(result[name])

@@ -49,6 +49,7 @@ class TrainStream(Dataset):
         null_class: its index, ``num_classes``.
         indices: the part of the data to train on; all of it by default.
         encode: also draw the noise of a VAE sample (``"encode"``).
+        classes: the model's class for each label of the data; the label itself by default.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class TrainStream(Dataset):
         null_class: int,
         indices: np.ndarray | None = None,
         encode: bool = False,
+        classes: Sequence[int] | None = None,
     ) -> None:
         self.data = data
+        self.classes = classes
         self.seed = seed
         self.noise_shape = tuple(noise_shape)
         self.drop_prob = drop_prob
@@ -86,10 +89,18 @@ class TrainStream(Dataset):
         into["x"][row], label = self.data.load(index, visit_seed(self.seed, epoch, index))
         rng = visit_rng(visit_seed(self.seed, _DRAWS, position))
         into["u"][row] = rng.random()
-        into["y"][row] = self.null_class if rng.random() < self.drop_prob else label
+        into["y"][row] = self.null_class if rng.random() < self.drop_prob else self.class_of(label)
         _normal(rng, into["noise"][row])
         if self.encode:
             _normal(rng, into["encode"][row])
+
+    def class_of(self, label: int) -> int:
+        """The model's class that a label of the data means."""
+        if self.classes is None:
+            return label
+        if not 0 <= label < len(self.classes):
+            raise DiffFitError(f"the data names {len(self.classes)} classes, and has an image with the label {label}")
+        return self.classes[label]
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The samples at ``positions``: ``x`` (N, C, H, W), ``y`` (N,) long with dropped labels, ``u`` (N,) in [0, 1)
@@ -144,7 +155,8 @@ class ValidationStream(TrainStream):
 
     def load(self, position: int, into: Batch, row: int) -> None:
         index = int(self.indices[position])
-        into["x"][row], into["y"][row] = self.data.load(index, visit_seed(self.seed, _VALIDATION, index))
+        into["x"][row], label = self.data.load(index, visit_seed(self.seed, _VALIDATION, index))
+        into["y"][row] = self.class_of(label)
         rng = visit_rng(visit_seed(self.seed, _VALIDATION, position + (1 << 40)))
         # A multiplicative walk decouples the timestep from the class, which is sorted in a folder.
         n = len(self.indices)
