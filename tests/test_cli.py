@@ -163,7 +163,8 @@ BAD: dict[str, tuple[Case, str]] = {
         lambda i, b, f: ["train", *flags(data_path=i, results_dir=_write(f / "r", ""))], "cannot make a run folder"
     ),
     "validation of other classes": (
-        lambda i, b, f: ["train", *flags(data_path=i, val_path=digits(f / "v", 2, 1))], "other classes .* digit2"
+        lambda i, b, f: ["train", *flags(data_path=i, val_path=digits(f / "v", 4, 1))],
+        "no training image is of the class 'digit3' of the validation data, and there is no --ckpt that could have a row",
     ),
     "delta missing": (
         lambda i, b, f: ["merge", "--ckpt", b, "--delta", f / "d", "--out", f / "o.pt"], "delta not found"

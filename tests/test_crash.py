@@ -42,6 +42,7 @@ def words(command: str, given: Path, out: Path) -> list[str]:
     lines = {
         "train": ["train", *flags(
             data_path=images, results_dir=out / "runs", max_steps=4, ckpt_every=2, keep_checkpoints=1, resume="auto",
+            val_path=images, val_every=1, best_by="val",
         )],
         "extract": ["extract", "--data-path", images, "--features-path", out / "features", "--vae", "none", "--image-size", 16,
                     "--shard-size", 4, "--num-workers", 0, "--device", "cpu"],

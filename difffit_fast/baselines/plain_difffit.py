@@ -44,7 +44,7 @@ class PlainDiffFitDiT(DiT):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, self.training)
         for block in self.blocks:
-            x = self._block(block, x, c)
+            x = self.call_block(self._block, block, x, c)
         return self.unpatchify(self.final_layer(x, c))
 
     def _block(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..models.header import read_header
 from ..models.load import RUN_SETTINGS
 from ..models.sizes import model_name
 from ..models.state_dict import is_safetensors
+from ..train.best import read_best
 from ..train.checkpoint import CheckpointFolder
 from ..train.track import read_metrics
 
@@ -132,8 +133,9 @@ def _rest(header: dict[str, Any]) -> dict[str, Any]:
         "pos_embed_scale",
         "image_size",
         "architecture",
+        "val_set",
     )
-    names = {"class_names": "class names", "class_rows": "class rows of the base"}
+    names = {"class_names": "class names", "class_rows": "class rows of the base", "val_loss": "validation loss"}
     return {names.get(key, key): value for key, value in header.items() if key not in told}
 
 
@@ -157,6 +159,7 @@ def _run(path: Path) -> dict[str, Any]:
     torn: list[str] = []
     folder = CheckpointFolder(path / "checkpoints")
     newest = folder.newest(torn.append)
+    best = read_best(folder.best_path) if folder.best_path.is_file() else None
     metrics = read_metrics(path)
     losses = [line["loss"] for line in metrics if "loss" in line]
     return {
@@ -165,6 +168,7 @@ def _run(path: Path) -> dict[str, Any]:
         "resumes from": newest.step if newest else "the beginning",
         "delta": str(newest.delta) if newest else None,
         "last loss": losses[-1] if losses else None,
+        "best": f"step {best.step}, validation loss {best.loss:.4f}: {folder.best_path}" if best else None,
         "torn": torn,
         **read_yaml(path / RUN_SETTINGS),
     }

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .._words import shown
 from .classes import ClassRows
@@ -234,11 +235,14 @@ class DiT(nn.Module):
         pos_embed_scale: scale of the coordinates of the positional table; see :func:`sincos_pos_embed`.
         random_base: the seed that the weights came from, where they are random and stay so; else None.
         classes: where the rows of the class table came from, in a model made from a file.
+        gradient_checkpointing: keep only what enters each block, and compute the block again in the backward pass: less
+            memory for more time, the same gradients. Nothing in a block may be random.
     """
 
     pos_embed_scale: float = 1.0
     random_base: int | None = None
     classes: ClassRows | None = None
+    gradient_checkpointing: bool = False
 
     def __init__(
         self,
@@ -334,8 +338,15 @@ class DiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, self.training)
         for block in self.blocks:
-            x = block(x, c)
+            x = self.call_block(block, x, c)
         return self.unpatchify(self.final_layer(x, c))
+
+    def call_block(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``block(*args, **kwargs)``, of which only the arguments are kept where :attr:`gradient_checkpointing` is on."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(*args, **kwargs)
+        # Nothing in a block is random, and in a CUDA graph no generator's state could be read.
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: str | int = "first3"

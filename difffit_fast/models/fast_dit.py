@@ -16,7 +16,6 @@ concatenates anything.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import DiffFitError
 from ..ops._register import frozen_weight_error
@@ -82,7 +80,6 @@ class FastDiffFitDiT(DiT):
         self.difffit = DiffFitConfig.resolve(difffit)
         self.compute_dtype = compute_dtype
         self.attention = attention
-        self.gradient_checkpointing = False
         self._add_difffit_parameters()
         for name, p in self.named_parameters():
             p.requires_grad_(self.difffit.trains(name))
@@ -184,14 +181,10 @@ class FastDiffFitDiT(DiT):
         x = x.to(stream) + self.pos_embed.to(stream)
         h = adaln(x, *first.unbind(), LN_EPS, dtype)
         for i, module in enumerate(self.blocks):
-            call = run_block
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, and in a CUDA graph no generator's state could be read.
-                call = functools.partial(checkpoint, run_block, use_reentrant=False, preserve_rng_state=False)
             attn, mlp = module.attn, module.mlp
             weights = tuple(w.to(dtype) for w in (attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight))
-            x, h = call(
-                x, h, weights, biases.qkv[i], biases.fc1[i], joints[2 * i : 2 * i + 2], self.num_heads,
+            x, h = self.call_block(
+                run_block, x, h, weights, biases.qkv[i], biases.fc1[i], joints[2 * i : 2 * i + 2], self.num_heads,
                 bias1_cast=biases.fc1_cast[i], eps=LN_EPS, backend=self.attention,
             )  # fmt: skip
         last = self.final_layer.linear

@@ -104,7 +104,17 @@ def build_model(
             ).dit()  # fmt: skip
             if config.class_dropout_prob:
                 dit.class_dropout_prob = dit.y_embedder.dropout_prob = config.class_dropout_prob
-        return _with_method(dit, config, dtype)
+        model = _with_method(dit, config, dtype)
+    if file is None and not trains_whole(model):
+        warnings.warn(
+            "no --ckpt: the frozen weights are random, made from the seed; this is for trying things out", stacklevel=2
+        )
+    return model
+
+
+def trains_whole(model: nn.Module) -> bool:
+    """Whether everything that a DiT can train is trained: all but the table of positions."""
+    return all(p.requires_grad or name == "pos_embed" for name, p in model.named_parameters())
 
 
 def _check_model_args(config: TrainConfig, **known: int) -> None:
@@ -119,9 +129,6 @@ def _check_model_args(config: TrainConfig, **known: int) -> None:
 def _random_base(config: TrainConfig, channels: int, input_size: int, num_classes: int) -> DiT:
     if config.classes == "keep":
         raise DiffFitError("--classes keep keeps the rows of a checkpoint; give --ckpt")
-    warnings.warn(
-        "no --ckpt: the frozen weights are random, made from the seed; this is for trying things out", stacklevel=3
-    )
     sizes = {"class_dropout_prob": 0.1, **model_sizes(config.model or DEFAULT_MODEL), **config.model_args}
     if config.class_dropout_prob is not None:
         sizes["class_dropout_prob"] = config.class_dropout_prob
