@@ -104,7 +104,7 @@ def assemble(
     workers, few = affordable_workers(config.num_workers, stream.batch_bytes(mine), world.local_size)
     return Parts(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
-        forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
+        forward=torch.compile(model, dynamic=False) if config.compile else model, stream=stream, validation=validation,
         space=source.decoder, class_names=classes.names, shown=classes.shown,
         total_steps=effective.max_steps, num_workers=workers, captured=captured,
         notes=[
