@@ -261,8 +261,8 @@ def test_a_run_is_checked_and_described_with_it(whole: Path, tmp_path: Path, cap
     del header["val_loss"]
     said = {key: value for key, value in header.items() if key not in ("kind", "format", "version")}
     write_model_file(best_of(folder), "delta", tensors, said)
-    assert main(["check", str(folder)]) == 1
-    assert "is no best of a run: its metadata lacks val_loss" in capsys.readouterr().out
+    assert main(["check", str(folder)]) == 1 and main(["inspect", str(folder)]) == 0
+    assert capsys.readouterr().out.count("is no best of a run: its metadata lacks val_loss") == 2
     tensors["blocks.0.attn.proj.bias"][0] = math.nan
     write_model_file(best_of(folder), "delta", tensors, {**said, "val_loss": 1.0})
     assert main(["check", str(folder)]) == 1

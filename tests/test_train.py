@@ -290,6 +290,27 @@ def test_training_lowers_the_validation_loss_and_validation_disturbs_nothing(ima
         assert torch.equal(p, q)
 
 
+def test_compiled_code_does_not_depend_on_who_looked_before(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of several sizes, some of them for validation: each has code of its own, none is made for any size."""
+    compiled: list[tuple[int, bool]] = []  # images, and whether it trains; 0: any number
+
+    def noting(graph: torch.fx.GraphModule, inputs: list) -> object:
+        sizes = [
+            x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1:] == (3, 16, 16)
+        ]
+        symbols = any(isinstance(x, torch.SymInt) for x in inputs)
+        compiled.append((0 if symbols else sizes[0], torch.is_grad_enabled()))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=noting, **options))
+    torch._dynamo.reset()
+    train(images, tmp_path, compile=True, accumulate=3, val_path=str(images), val_samples=7, val_every=1, max_steps=2)
+    assert sorted(compiled) == [(1, False), (2, False), (2, True), (3, True)]
+
+
 def losses_of(folder: Path) -> list[tuple[int, float]]:
     return [(m["step"], m["val_loss"]) for m in read_metrics(folder) if "val_loss" in m]
 

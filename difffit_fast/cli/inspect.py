@@ -159,7 +159,12 @@ def _run(path: Path) -> dict[str, Any]:
     torn: list[str] = []
     folder = CheckpointFolder(path / "checkpoints")
     newest = folder.newest(torn.append)
-    best = read_best(folder.best_path) if folder.best_path.is_file() else None
+    best = None
+    if folder.best_path.is_file():
+        try:
+            best = read_best(folder.best_path)
+        except DiffFitError as error:
+            torn.append(str(error))
     metrics = read_metrics(path)
     losses = [line["loss"] for line in metrics if "loss" in line]
     return {

@@ -74,7 +74,7 @@ def assemble(
     precision, slow = choose_precision(config.precision, device)
     config = config.replace(precision=precision)
     base = read_base(config) if model is None else None
-    made_anew = model is None and base is None
+    given = model is not None
     source = open_source(config, device, data, val_data, _channels(config, model, base))
     classes = choose_classes(config, source.data, source.validation, model, base)
     model, objective = _model_and_objective(config, source, classes.names, model, base)
@@ -86,9 +86,7 @@ def assemble(
         lr=config.learning_rate, max_steps=_total_steps(config, len(stream)), epochs=None,
         class_dropout_prob=stream.drop_prob,
     )  # fmt: skip
-    chosen = getattr(model, "classes", None) if config.ckpt is not None else None
-    rows = chosen.said if chosen is not None else ""
-    scratch = f"no --ckpt: the model is trained from scratch, from seed {config.global_seed}"
+    origin = "" if given else _origin(config, model)
     known = hasattr(model, "hidden_size")
     name = model_name(vars(model), objective.name) if known else config.model or type(model).__name__
     if config.gradient_checkpointing:
@@ -104,14 +102,10 @@ def assemble(
     workers, few = affordable_workers(config.num_workers, stream.batch_bytes(mine), world.local_size)
     return Parts(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
-        forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
+        forward=torch.compile(model, dynamic=False) if config.compile else model, stream=stream, validation=validation,
         space=source.decoder, class_names=classes.names, shown=classes.shown,
         total_steps=effective.max_steps, num_workers=workers, captured=captured,
-        notes=[
-            note
-            for note in (slow, how, scratch if made_anew and trains_whole(model) else "", rows, classes.said, few, *_told(source))
-            if note
-        ],
+        notes=[note for note in (slow, how, origin, classes.said, few, *_told(source)) if note],
     )  # fmt: skip
 
 
@@ -123,6 +117,15 @@ def _told(source: Source) -> list[str]:
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------
+
+
+def _origin(config: TrainConfig, model: nn.Module) -> str:
+    """Where the classes of a model that was made here start from, or that all of it starts from nothing."""
+    if config.ckpt is not None:
+        return model.classes.said
+    return (
+        f"no --ckpt: the model is trained from scratch, from seed {config.global_seed}" if trains_whole(model) else ""
+    )
 
 
 def _channels(config: TrainConfig, model: nn.Module | None, base: ModelFile | None) -> int | None:
