@@ -151,7 +151,7 @@ def summary_table(domains: dict[str, dict[str, dict[int, Run]]]) -> str:
             _mean((r["file_bytes"] / 1000 for r in every_run if "file_bytes" in r), "{:,.0f}"),
         ])  # fmt: skip
     head = [
-        "method", "loss / base's", "Fréchet / base's", "letters read, of real", "style read", "copies", "loss on the base's domain",
+        "method", "loss / base's", "Fréchet / base's", "letters read, of real", "style read", "copies", "loss, base's domain",
         "ms a step", "trained", "kB to keep",
     ]  # fmt: skip
     return "Means over domains and seeds.\n\n" + table(head, rows)
