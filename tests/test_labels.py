@@ -61,8 +61,8 @@ def letter(x: torch.Tensor) -> str:
     return "abcdef"[round(float((x.mean() + 1) * 127.5)) // 40]
 
 
-def cached(folder: Path, into: Path) -> Path:
-    extraction = Extraction(ExtractConfig(str(folder), str(into), image_size=16, vae="none"))
+def cached(folder: Path, into: Path, channels: int = 3) -> Path:
+    extraction = Extraction(ExtractConfig(str(folder), str(into), image_size=16, vae="none", channels=channels))
     extraction.run()
     extraction.finish()
     return into
@@ -170,6 +170,20 @@ def test_validation_of_fewer_letters_than_training(base: Path, tmp_path: Path) -
         assert trainer.parts.class_names == ["a", "b", "c"]
         assert trainer.validation.__getitems__(range(3))["y"].tolist() == [2, 2, 2]
         assert not any("no training image" in note for note in trainer.parts.notes)
+
+
+@pytest.mark.parametrize("cached_too", [False, True])
+def test_gray_features_are_validated_on_gray_images_and_features(tmp_path: Path, cached_too: bool) -> None:
+    train, val = images(tmp_path / "train", ["a", "b", "c"]), images(tmp_path / "val", ["b"])
+    features = cached(train, tmp_path / "f", channels=1)
+    where = {
+        "feature_path": str(features),
+        "val_path": str(cached(val, tmp_path / "g", channels=1) if cached_too else val),
+    }
+    trainer = make(None, tmp_path / "runs", model_args={**TINY, "in_channels": 1}, **where)
+    batch = trainer.validation.__getitems__(range(3))
+    assert batch["x"].shape == (3, 1, 16, 16) and batch["y"].tolist() == [1, 1, 1]
+    assert [letter(x) for x in batch["x"]] == ["b", "b", "b"]
 
 
 @pytest.mark.parametrize(

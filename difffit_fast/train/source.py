@@ -88,7 +88,7 @@ def _open_validation(path: str, data: TrainingData) -> TrainingData:
     where = {"feature_path": path} if cached else {"path": path}
     other = open_data(
         image_size=data.image_size, flip=False, class_names=data.class_names,
-        channels=data.channels if isinstance(data, ImageFolder) else 3, **where,
+        channels=1 if data.channels == 1 else 3, **where,
     )  # fmt: skip
     if (other.channels, other.size) != (data.channels, data.size):
         raise DiffFitError(
