@@ -9,7 +9,7 @@ What it writes, where a <class> is ``upper_A`` … ``lower_z``, ``0`` … ``9`` 
 
     DIR/base/train/<class>/<font>.png              serif, sans, mono and slab, up to five fonts a family
     DIR/base/val/<class>/<font>.png                the same of families that are held out
-    DIR/domains/<style>/<part>/<class>/<font>.png  one font a family; parts: shown, held-out, reader (see fonts.yaml)
+    DIR/domains/<style>/<part>/<class>/<font>.png  parts: shown, held-out (one font a family), reader (see fonts.yaml)
     DIR/domains/digits/..., DIR/domains/greek/...  new classes, in the fonts of the base; held-out: its held-out families
     DIR/demo/<class>/<font>.png                    one hand, in no domain
     DIR/manifest.json                              counts, fonts, licences, what was left out and why, SHA-256 of the pixels
@@ -47,7 +47,7 @@ WIDEST, HIGHEST, DEEPEST = 23.0, 17.5, 6.0  # what fits in the box, of 24
 OVERSAMPLING = 4
 DRAFT = 400  # font size at which a font is measured
 
-BASE_WEIGHTS = ("300-normal", "400-normal", "700-normal", "900-normal", "400-italic")
+WEIGHTS = ("300-normal", "400-normal", "700-normal", "900-normal", "400-italic")
 PLAIN = "400-normal"
 SAME = 0.02  # RMS difference of all letters, ink in [0, 1], below which two fonts count as one
 
@@ -170,15 +170,15 @@ class Skipped:
 
 
 def fonts_of(family: Family, npm: Path) -> Iterator[Font]:
-    """The fonts of a family that are drawn: up to five of the base, the plainest one of a style."""
+    """The fonts of a family that are drawn: up to five, but of a style's families that are measured the plainest only."""
     folder = package_folder(family, npm) / "files"
     ending = f"{family.name}-latin-"
     there = sorted(path.stem[len(ending) :] for path in folder.glob(f"{ending}[0-9]*.woff"))
-    if family.role in STYLES:
+    if family.role in STYLES and family.part != "reader":
         plain = [w for w in there if w.endswith("-normal")] or there
         wanted = [PLAIN] if PLAIN in there else plain[:1]
     else:
-        wanted = [w for w in BASE_WEIGHTS if w in there] or there[:1]
+        wanted = [w for w in WEIGHTS if w in there] or there[:1]
     for weight in (w for w in wanted if w != family.without):
         files = {"letters": folder / f"{ending}{weight}.woff", "digits": folder / f"{ending}{weight}.woff"}
         greek = folder / f"{family.name}-greek-{weight}.woff"
