@@ -106,7 +106,7 @@ class Bench:
 
     def __init__(self, base: str, data: Path, device: str) -> None:
         self.base, self.data, self.device = base, data, device
-        self.instrument = Instrument(data / "reader.safetensors", device)
+        self.instrument = Instrument(data / "reader.safetensors")
         self.own = thinned(load(data / "base" / "val"), MOST_WATCHED, 0)
 
     def run(self, spec: Spec, folder: Path, pictures: Path | None) -> dict[str, Any]:
@@ -173,12 +173,19 @@ class Bench:
             )
             samples = sampler.sample(labels, spec["seed"])
             style = spec["domain"] if spec["domain"] in self.instrument.styles else "handwriting"
-            result |= self.instrument.measures(samples, labels, style, shown, held_out)
+            result |= self.instrument.measures(samples, labels, style, shown, held_out, self._others(spec, held_out))
             if pictures is not None:
                 save_strip(samples.clamp(-1, 1).add(1).mul(127.5).byte(), labels, pictures)
                 save_strip(shown.images, shown.labels, pictures.with_suffix(".shown.png"))
                 save_strip(held_out.images, held_out.labels, pictures.with_suffix(".held-out.png"))
         return result
+
+    def _others(self, spec: Spec, held_out: Glyphs) -> Glyphs:
+        """Glyphs of several families that were not shown: held out, or where those are of one font, others of its style."""
+        if not spec["domain"].startswith("half of "):
+            return held_out
+        fonts = load(self.data / "domains" / "handwriting" / "held-out")
+        return fonts.where(torch.tensor([name not in set(held_out.families) for name in fonts.families]))
 
 
 def save_strip(images: Tensor, labels: Tensor, path: Path, across: int = 52) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from alphabet import ALPHABETS
-from reader import NAMES, Reader, as_input, without_case
+from alphabet import ALPHABETS, Glyphs
+from reader import NAMES, Reader, as_input, load_reader, without_case
 from torch import Tensor, nn
 
 from difffit_fast.diffusion import create_diffusion
@@ -172,3 +173,48 @@ def denoising_loss(
     finally:
         model.train(training)
     return total / (n * rounds)
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+class Instrument:
+    """The measures of a model's samples, with the reader of one file.
+
+    Args:
+        path: the reader's file.
+    """
+
+    styles = NAMES
+
+    def __init__(self, path: Path) -> None:
+        self.reader = load_reader(path)
+
+    def loss(self, model: nn.Module, glyphs: Glyphs, looks: int = 1024) -> float:
+        """:func:`denoising_loss` over about ``looks`` looks at the glyphs, always the same ones."""
+        return denoising_loss(model, glyphs.images, glyphs.labels, rounds=max(1, round(looks / len(glyphs))))
+
+    def measures(
+        self, samples: Tensor, labels: Tensor, style: str, shown: Glyphs, held_out: Glyphs, others: Glyphs
+    ) -> dict[str, float | None]:
+        """What is read of samples, with what is read of real glyphs beside it (``_real``); None where it means nothing.
+
+        Args:
+            samples: (N, 1, S, S), of the alphabet of ``held_out``.
+            labels: (N,) long, what was asked for.
+            style: one of :attr:`styles`.
+            shown: what the model was adapted to.
+            held_out: what the samples should be like.
+            others: glyphs of several families that were not shown, to tell copies from chance by.
+        """
+        alphabet = held_out.alphabet
+        result: dict[str, float | None] = {
+            "letters": letters_read(samples, labels, self.reader, alphabet),
+            "letters_real": letters_read(held_out.images, held_out.labels, self.reader, alphabet),
+            "style": style_read(samples, style, self.reader),
+            "style_real": style_read(held_out.images, style, self.reader),
+            "frechet": frechet(samples, held_out.images, self.reader),
+            "memorised": memorised(samples, shown.images, others.images, others.families),
+        }
+        merged = alphabet == "letters"
+        for name, images, which in (("cases", samples, labels), ("cases_real", held_out.images, held_out.labels)):
+            result[name] = letters_read(images, which, self.reader, merge_cases=True) if merged else None
+        return result
