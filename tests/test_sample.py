@@ -53,7 +53,7 @@ def model() -> DiT:
 # ------------------------------------------------------------------------------------------------------- sampler
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++", "unipc", "euler", "heun", "dopri5", "sde"])
 def test_an_image_depends_on_seed_and_index_alone(model, name):
     if name in ("dpm++", "unipc"):
         pytest.importorskip("diffusers")
