@@ -45,6 +45,7 @@ class ModelFile:
         recorded: the constructor arguments that the file records, rather than its tensors suggest.
         weights: which of the sets in the file this is, and all of them.
         classes: where the rows of its class table came from, once they were chosen anew.
+        left_out: the foreign parts that were beside it, in words.
     """
 
     state: dict[str, Tensor]
@@ -57,6 +58,7 @@ class ModelFile:
     recorded: frozenset[str] = frozenset()
     weights: tuple[str, tuple[str, ...]] = ("", ("",))
     classes: ClassRows | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -350,7 +352,9 @@ def describe(weights: Weights) -> ModelFile:
     objective = header.get("objective") or (model_objective(script["model"]) if known else None)
     said = frozenset(recorded) | frozenset(known)
     named = weights.name, weights.names
-    return ModelFile(state, config, source, objective, scale, image_size, header, said, named)
+    return ModelFile(
+        state, config, source, objective, scale, image_size, header, said, named, left_out=weights.left_out
+    )
 
 
 def _sizes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:

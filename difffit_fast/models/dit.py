@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .._words import shown
 from .classes import ClassRows
+from .foreign import is_foreign, parts, say_left_out
 from .sizes import MODEL_NAMES, PATCH_SIZES, model_objective, model_sizes
 
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features
@@ -235,6 +236,9 @@ class DiT(nn.Module):
     ``forward`` returns (N, in_channels, input_size, input_size). ``learn_sigma`` still doubles the channels of the last layer,
     as in the published checkpoints, whose second half nobody trained: it is dropped, as the public code does.
 
+    A state dict may have the parts beside it that :mod:`.foreign` lists, such as REPA's projectors; a warning tells that they
+    are left out.
+
     Attributes:
         objective: what the model is trained to predict: "ddpm", "flow", or None where nobody has said.
         pos_embed_scale: scale of the coordinates of the positional table; see :func:`sincos_pos_embed`.
@@ -318,6 +322,24 @@ class DiT(nn.Module):
             if self.objective is not None:
                 said["objective"] = json.dumps(self.objective)  # text of a header is JSON itself
             destination._metadata[prefix[:-1]][STATE_DICT_KEY] = json.dumps(said, default=lambda number: number.item())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        found = [key for key in unexpected_keys if key.startswith(prefix) and is_foreign(key[len(prefix) :])]
+        for key in found:
+            unexpected_keys.remove(key)
+        say_left_out(parts(key[len(prefix) :] for key in found), "the state dict")
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
