@@ -413,11 +413,21 @@ def speed_result() -> dict:
     }  # fmt: skip
 
 
+def demo_result() -> dict:
+    row = {"loss": 0.0234, "letters": 0.91, "memorised": 0.01, "loss_own": 0.021, "seconds": 12.3, "bytes": 31000}
+    return {
+        "date": "2026-01-02T03:04:05+00:00", "device": "NVIDIA Test", "verdict": "DiffFit wins.",
+        "table": [["DiffFit", row], ["real letters", {"letters": 0.93}]],
+        "images_per_second_median": {"DiffFit": 300.2, "full": 199.9},
+    }  # fmt: skip
+
+
 def test_the_table_and_the_plots_come_from_the_files(load, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     plots = load("plots")
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{plots.BEGIN}\nold\n{plots.END}\nafter\n")
+    blocks = "".join(f"<!-- {block}:begin -->\nold\n<!-- {block}:end -->\n" for block in ("demo", "speed"))
+    readme.write_text(f"before\n{blocks}after\n")
     command = ["--readme", str(readme), "--results", str(results)]
     assert plots.main(command) == 0
     assert "Not measured yet" in readme.read_text()
@@ -433,6 +443,12 @@ def test_the_table_and_the_plots_come_from_the_files(load, tmp_path: Path, capsy
     assert "(results/dev/speed-256px.json)" in row
     lengths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(lengths) == 1
+    (results / "dev" / "demo.json").write_text(json.dumps(demo_result()))
+    assert plots.main([*command, "--check"]) == 1 and plots.main(command) == 0
+    text = readme.read_text()
+    assert "| DiffFit | 0.0234 | 91% | 1% | 0.0210 | 12 | 31 |" in text and "| real letters |  | 93% |  |  |  |  |" in text
+    assert "DiffFit wins. Images a second: DiffFit 300, full 200 ([2026-01-02](results/dev/demo.json), NVIDIA Test)." in text
+    assert "(results/dev/demo.png)" in text
     assert (results / "dev" / "speed-256px.png").stat().st_size > 1000
     readme.write_text("no markers")
     assert plots.main(command) == 1 and "expected one line" in capsys.readouterr().err
