@@ -307,7 +307,17 @@ def test_what_is_recorded_comes_back(classes: int, prob: float, kind: str, tmp_p
         FastDiffFitDiT.from_dit(dit).save_delta(
             tmp_path / "d.safetensors", objective="flow", class_names=["x"] * classes
         )
-        words = ["merge", "--ckpt", tmp_path / "base.pt", "--delta", tmp_path / "d.safetensors", "--out", path]
+        words = [
+            "export",
+            "--to",
+            "dit",
+            "--ckpt",
+            tmp_path / "base.pt",
+            "--delta",
+            tmp_path / "d.safetensors",
+            "--out",
+            path,
+        ]
         assert main([str(word) for word in words]) == 0
         torch.nn.Module.load_state_dict(DiT(**dit.config), torch.load(path)) if kind == "merged.pt" else None
     file = read_model(path)
@@ -508,7 +518,7 @@ def test_checkpoint_train_delta_sample_merge_train(case: dict, tmp_path, monkeyp
     words = ["sample", "--delta", delta, "--num-sampling-steps", 2, "--num-images", 2, "-o", "s.png", "--cfg-scale", 1]
     assert main([str(word) for word in words]) == 0
     for out in ("merged.pt", "merged.safetensors"):
-        assert main(["merge", "--delta", str(delta), "--out", out]) == 0
+        assert main(["export", "--to", "dit", "--delta", str(delta), "--out", out]) == 0
         merged = load_model(out)
         assert {k: merged.model.config[k] for k in sizes} == sizes and merged.objective == objective
         torch.testing.assert_close(merged.model(x, t, y), want, rtol=1e-3, atol=1e-4)

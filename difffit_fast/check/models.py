@@ -83,7 +83,7 @@ def check_checkpoint(path: Path, report: Report) -> None:
         report.wrong("refused", str(error))
     check_values(file.state.items(), report)
     if file.is_difffit:
-        report.suspicious("DiffFit's parameters, not merged", "difffit merge folds them into the weights")
+        report.suspicious("DiffFit's parameters, not merged", "difffit export --to dit folds them into the weights")
     if file.pos_embed_scale is None:
         report.suspicious("positions that are no sine-cosine table", "another image size cannot be made of them")
     if file.header:

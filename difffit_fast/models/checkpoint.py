@@ -264,7 +264,7 @@ class ModelFile:
             key = next(key for key in self.state if _is_extra(key))
             raise DiffFitError(
                 f"{self.source} is not a plain DiT: it has the unknown key {key}; it looks like a DiffFit model that was not "
-                "merged (difffit merge, model.merge())"
+                "merged (difffit export --to dit, model.merge())"
             )
         model = self.skeleton()
         self.check_keys(model)

@@ -33,6 +33,7 @@ from .._files import read_json, safetensors_metadata
 from .._words import first_line, shown
 from ..errors import DiffFitError
 from .bases import base_names, model_path
+from .diffusers_keys import PIPELINE_FILE, from_diffusers, is_diffusers, read_config
 from .dit import STATE_DICT_KEY
 from .foreign import is_foreign, parts, say_left_out
 from .header import decode_header
@@ -47,6 +48,7 @@ INDEX_FILES = (
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors.index.json",
     "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin.index.json",
 )
 WEIGHT_FILES = (
     "model.safetensors",
@@ -99,6 +101,8 @@ def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         content, strings = _read_safetensors(path), safetensors_metadata(path)
     else:
         content, strings = _read_torch(path), {}
+    if isinstance(content, Mapping) and is_diffusers(content):
+        content, strings = from_diffusers(content, read_config(path), str(path))
     found = find_weights(content, str(path), weights, strings)
     if key := next((key for key, tensor in found.state.items() if tensor.device.type == "meta"), None):
         raise DiffFitError(f"{path}: {key} has a shape but no values (it was saved on the device meta)")
@@ -253,7 +257,7 @@ def _hint(key: str) -> str:
     if "_flat_param" in key:
         return "; it was saved by FSDP with flattened parameters: save it with StateDictType.FULL_STATE_DICT"
     if key.startswith("transformer_blocks."):
-        return "; it looks like a transformer of diffusers, whose keys are others"
+        return "; it looks like a transformer of diffusers: give its folder, with config.json"
     if "decoder" in key or key.startswith("encoder."):
         return "; it looks like an autoencoder"
     return ""
@@ -330,6 +334,8 @@ def _file(path: Path) -> Path:
         bases = base_names() if path.parent == Path() and not path.suffix else []
         named = f"; the bases that come with the package are {', '.join(bases)}" if bases else ""
         raise DiffFitError(f"checkpoint not found: {path}{where}{named}")
+    if (path / PIPELINE_FILE).is_file() or (path / "transformer").is_dir():
+        path = path / "transformer"  # of a pipeline of diffusers
     for name in (*INDEX_FILES, *WEIGHT_FILES):
         if (path / name).is_file():
             return path / name
@@ -338,8 +344,6 @@ def _file(path: Path) -> Path:
             f"{path} is a distributed checkpoint; bring it into one file first: "
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
         )
-    if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
-        raise DiffFitError(f"{path} is a pipeline of diffusers, whose keys are others; a DiT checkpoint is expected")
     if any(path.glob("*mp_rank_*")) or any(path.glob("*zero_pp_rank_*")):
         raise DiffFitError(
             f"{path} is a checkpoint of DeepSpeed; bring it into one file first with its zero_to_fp32.py"
