@@ -91,7 +91,6 @@ def measure(path: Path, curve: list[dict[str, Any]], data: Path) -> dict[str, An
     }  # fmt: skip
     say(result)
     plan = yaml.safe_load((HERE / "domains.yaml").read_text(encoding="utf-8"))
-    plan["sampling"] = SAMPLING
     bench = Bench(str(path), data, "cpu")
     rate = plan["methods"]["difffit_default"]["rates"][0]
     for shown in SHOWN:
