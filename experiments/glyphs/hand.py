@@ -1,11 +1,11 @@
 """Make examples/hand, the data of the demo, from what render.py and reader.py wrote.
 
-    python experiments/glyphs/hand.py --data DIR
+python experiments/glyphs/hand.py --data DIR
 
-    shown/    20 glyphs of one hand, what the demo adapts to
-    asked/    its other 32
-    own/      four glyphs of every letter from fonts that the base was not shown: what it should not forget
-    reader.safetensors, README.md
+shown/    20 glyphs of one hand, what the demo adapts to
+asked/    its other 32
+own/      four glyphs of every letter from fonts that the base was not shown: what it should not forget
+reader.safetensors, README.md
 """
 
 from __future__ import annotations
