@@ -191,10 +191,12 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: tokens x (N, T, D) and condition c (N, D) -> (N, T, D)."""
 
+    attention_type: type[nn.Module] = Attention
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=LN_EPS)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = self.attention_type(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=LN_EPS)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -236,6 +238,7 @@ class DiT(nn.Module):
         classes: where the rows of the class table came from, in a model made from a file.
     """
 
+    block_type: type[nn.Module] = DiTBlock
     pos_embed_scale: float = 1.0
     random_base: int | None = None
     classes: ClassRows | None = None
@@ -272,7 +275,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A parameter and not a buffer: public checkpoints carry it, and nobody trains it.
         self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList([self.block_type(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 

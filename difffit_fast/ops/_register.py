@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+from .weights import PLAIN
+
 _LIBRARY = torch.library.Library("difffit_fast", "DEF")
 
 
@@ -80,7 +81,11 @@ def _watched(args: tuple[Any, ...]) -> bool:
     """Whether a dispatch mode, a functorch transform or a tensor subclass must see the operation as such."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
+    return any(
+        isinstance(t, torch.Tensor) and type(t) not in PLAIN
+        for a in args
+        for t in (a if isinstance(a, (list, tuple)) else (a,))
+    )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
