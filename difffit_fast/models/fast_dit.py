@@ -35,7 +35,6 @@ from ..ops.frozen_linear import frozen_linear
 from ..ops.modulation import modulation
 from ..ops.stacked import stacked_linear, stacked_matvec
 from ..ops.weights import keep_layout, lay_together
-from .as_built import AsBuilt
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
 from .difffit import DiffFitConfig, is_extra
@@ -85,7 +84,6 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         self.compute_dtype = compute_dtype
         self.attention = attention
         self.gradient_checkpointing = False
-        self._as_built = AsBuilt(self, self.difffit)
         self._said: str | None = None
         self._narrow()
         self._arrange()
@@ -107,7 +105,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         The parameters stay what they are, and whatever becomes of them later is seen there. Those that a tool has put in
         another's place are left alone.
         """
-        if self._as_built.other_model() is None:
+        if self.as_built.other_model() is None:
             lay_together([linear.weight for linear in self._modulation_linears()])
             lay_together(self._proj_weights())
             keep_layout(w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight))
@@ -157,7 +155,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             DiffFitError: modules that must be called one by one, with parameters of several dtypes.
         """
         check_dit_inputs(x, t, y, self.in_channels, self.input_size)
-        change = self._as_built.change()
+        change = self.as_built.change()
         device = x.device.type
         dtype = self._dtype(device)
         if change is not None:

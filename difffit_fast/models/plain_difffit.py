@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .as_built import AsBuilt
 from .difffit import DiffFitConfig, is_extra, neutral
 from .dit import LN_EPS, Attention, DiT, DiTBlock, modulate
 
@@ -84,6 +85,7 @@ class PlainDiffFitDiT(DiT):
             self.final_layer.norm_final = nn.LayerNorm(d, eps=LN_EPS)
         for name, p in self.named_parameters():
             p.requires_grad_(config.trains(name))
+        self.as_built = AsBuilt(self, config)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Here, and not in load_state_dict, which is not called where this model is a part of another module (DDP, say).
