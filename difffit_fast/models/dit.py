@@ -88,12 +88,25 @@ def label_dropout(
     return torch.where(drop, null_class, y)
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is running; unknown, and False, to a compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) * (1 + scale) + shift, with one vector (N, D) each per image."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------- embedders
+
+
+def _as_taken(x: Tensor, module: nn.Module) -> Tensor:
+    """``x`` in the dtype of the module's weight; as it is where that is not one of floating numbers (a quantised module's)."""
+    weight = getattr(module, "weight", None)
+    return x.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else x
 
 
 class PatchEmbed(nn.Module):
@@ -108,7 +121,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return self.proj(_as_taken(x, self.proj)).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -122,8 +135,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        features = timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(_as_taken(timestep_embedding(t, self.frequency_embedding_size), self.mlp[0]))
 
 
 class LabelEmbedder(nn.Module):
@@ -143,7 +155,13 @@ class LabelEmbedder(nn.Module):
     ) -> Tensor:
         rows = self.embedding_table.num_embeddings
         # On an accelerator the check would wait for the device, and a bad index fails there by itself.
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and type(y) is Tensor and y.numel():
+        if (
+            y.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and type(y) is Tensor
+            and y.numel()
+            and not transformed()
+        ):
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= rows:
                 null = f", the null class is {rows - 1}" if rows > self.num_classes else ", there is no null class"

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import DiffFitError
+from ..ops._register import autocast_on
 from ..ops.adaln import adaln
 from ..ops.attention import BACKENDS
 from ..ops.block import block as run_block
@@ -38,7 +39,7 @@ from ..ops.weights import keep_layout, lay_together
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
 from .difffit import DiffFitConfig, is_extra
-from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, timestep_embedding
+from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, timestep_embedding, transformed
 from .merge import merge
 from .plain_difffit import PlainDiffFitDiT
 
@@ -147,7 +148,8 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         """x (N, C, H, W), t (N,) int or float, y (N,) long -> (N, C or 2C, H, W) in the dtype of ``x``.
 
         Where modules have been replaced, wrapped, sharded or given hooks, they are called one by one, as a plain DiT's, and
-        a warning says so once: the same numbers, without the speed.
+        a warning says so once: the same numbers, without the speed. So they are inside ``torch.func``'s transforms and
+        forward-mode differentiation, without a warning.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -159,9 +161,18 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         device = x.device.type
         dtype = self._dtype(device)
         if change is not None:
-            return self._by_modules(x, t, y, dtype, change)
+            if not torch.compiler.is_compiling() and change != self._said:
+                self._said = change
+                warnings.warn(
+                    f"{change}: the modules are called one by one, with a plain DiT's numbers and speed", stacklevel=3
+                )
+            return self._by_modules(x, t, y, dtype)
+        if transformed():
+            return self._by_modules(x, t, y, dtype)
+        if self.pos_embed.device != x.device:
+            raise DiffFitError(f"the model is on {self.pos_embed.device} and x on {x.device}; move one of them")
         off: Any = contextlib.nullcontext()
-        if torch.is_autocast_enabled(device):
+        if autocast_on(device):
             off = torch.autocast(device, enabled=False)
         with off:
             return self._forward(x, t, y, dtype)
@@ -171,24 +182,20 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         if self.compute_dtype is not None:
             return self.compute_dtype
         own = self.pos_embed.dtype
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and own != torch.float64 else own
+        return torch.get_autocast_dtype(device) if own != torch.float64 and autocast_on(device) else own
 
-    def _by_modules(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype, why: str) -> Tensor:
-        if not torch.compiler.is_compiling() and why != self._said:
-            self._said = why
-            warnings.warn(
-                f"{why}: the modules are called one by one, with a plain DiT's numbers and speed", stacklevel=3
-            )
+    def _by_modules(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         device, half = x.device.type, dtype in (torch.bfloat16, torch.float16)
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
         if self.compute_dtype is not None and not half and len(dtypes) > 1:
             raise DiffFitError(
-                f"{why}, so the modules are called one by one, for which all parameters must have one dtype unless the "
-                f"compute dtype is a half one; they are in {', '.join(sorted(map(str, dtypes)))}: model.to({dtype}) makes it one"
+                f"the modules are called one by one ({self.as_built.change() or 'under a transform'}), and PyTorch's take one "
+                f"dtype unless a half one is computed in; the parameters have {', '.join(sorted(map(str, dtypes)))}: "
+                f"model.to({dtype}) makes it one"
             )
         stream = torch.float64 if dtype == torch.float64 else torch.float32
         mixed: Any = contextlib.nullcontext()
-        if half or torch.is_autocast_enabled(device):
+        if half or autocast_on(device):
             mixed = torch.autocast(device, dtype if half else None, enabled=half)
         with mixed:
             tokens = self.x_embedder(x).to(stream) + self.pos_embed.to(stream)

@@ -21,6 +21,16 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
+class AffineNorm(nn.LayerNorm):
+    """LayerNorm with weight and bias, in the dtype of x (..., D): a float32 stream stays so in a model held in half precision."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, eps=LN_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class DiffFitAttention(Attention):
     """Attention whose projections may carry γ: ``gamma1`` (3D,) on qkv, ``gamma2`` (D,) on proj; tokens (N, T, D)."""
 
@@ -81,8 +91,8 @@ class PlainDiffFitDiT(DiT):
                     setattr(owner, key, nn.Parameter(torch.ones(size)))
         if config.affine_norm:
             for block in self.blocks:
-                block.norm1, block.norm2 = nn.LayerNorm(d, eps=LN_EPS), nn.LayerNorm(d, eps=LN_EPS)
-            self.final_layer.norm_final = nn.LayerNorm(d, eps=LN_EPS)
+                block.norm1, block.norm2 = AffineNorm(d), AffineNorm(d)
+            self.final_layer.norm_final = AffineNorm(d)
         for name, p in self.named_parameters():
             p.requires_grad_(config.trains(name))
         self.as_built = AsBuilt(self, config)

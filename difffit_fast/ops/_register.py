@@ -20,6 +20,11 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def autocast_on(device: str) -> bool:
+    """Whether autocast is on for this type of device; there is none for "meta", say."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def register(
     schema: str,
     implementation: Callable,
@@ -43,7 +48,7 @@ def register(
 
     def run(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if torch.is_autocast_enabled(device):
+        if autocast_on(device):
             with torch.autocast(device, enabled=False):
                 return implementation(*args)
         return implementation(*args)
