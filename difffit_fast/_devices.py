@@ -1,8 +1,11 @@
-"""Devices: the one called by a name, and what it multiplies fast."""
+"""Devices: the one called by a name, and what it multiplies fast; the CPUs that there are."""
 
 from __future__ import annotations
 
 import functools
+import math
+import os
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -32,6 +35,38 @@ def choose_device(name: str | torch.device | None = "auto", local_rank: int = 0)
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use: of those it may run on, as many as the quota of its control group pays for."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        count = os.cpu_count() or 1
+    return max(1, min([count, *_quotas()]))
+
+
+def _quotas() -> list[int]:
+    """CPUs by the quotas of the control groups, of both versions, that this process is in."""
+    files = [(_CONTROL_GROUPS / "cpu/cpu.cfs_quota_us", _CONTROL_GROUPS / "cpu/cpu.cfs_period_us")]
+    try:
+        own = [line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"]
+    except OSError:
+        own = []
+    for group in map(PurePosixPath, own or ["/"]):
+        files += [(_CONTROL_GROUPS / str(part).lstrip("/") / "cpu.max",) for part in (group, *group.parents)]
+    found = []
+    for parts in files:
+        try:
+            quota, period = map(int, " ".join(path.read_text() for path in parts).split())
+        except (OSError, ValueError):  # there is none, or "max"
+            continue
+        if quota > 0 and period > 0:
+            found.append(math.ceil(quota / period))
+    return found
 
 
 @functools.cache

@@ -37,12 +37,13 @@ class World:
     size: int = 1
     local_rank: int = 0
     owns_group: bool = False
+    local_size: int = 1  # of the peers, those on this machine
 
     @classmethod
     def join(cls, device: str, timeout: float) -> World:
         """Join the group that torchrun describes in the environment, or one that exists already."""
         if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+            return cls._joined(owns_group=False)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not dist.is_available():
@@ -52,7 +53,13 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise DiffFitError(f"cannot join the other processes: {_reason(error)}") from error
-        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), owns_group=True)
+        return cls._joined(owns_group=True)
+
+    @classmethod
+    def _joined(cls, owns_group: bool) -> World:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        return cls(rank, size, local_rank, owns_group, local_size)
 
     @property
     def main(self) -> bool:

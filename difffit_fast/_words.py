@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -25,3 +25,8 @@ def shown(value: Any) -> str:
         return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:60]} ... {text[-20:]}"
+
+
+def first_few(words: Sequence[str]) -> str:
+    """The first three of ``words``."""
+    return ", ".join(words[:3]) + (", …" if len(words) > 3 else "")

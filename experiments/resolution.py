@@ -19,8 +19,7 @@ from typing import Any
 
 import small
 import torch
-from transfer_plan import Results
-from transfer_report import interval, paired, replace_block, save_figure, table, verdict
+from reporting import Results, interval, paired, replace_block, save_figure, table, verdict
 
 from difffit_fast import FastDiffFitDiT
 from difffit_fast.errors import DiffFitError

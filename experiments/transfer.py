@@ -24,7 +24,8 @@ import small
 import torch
 import transfer_report
 import yaml
-from transfer_plan import Results, chosen_multiples, comparison_specs, key_of, sweep_specs, tuning_specs
+from reporting import Results
+from transfer_plan import chosen_multiples, comparison_specs, key_of, sweep_specs, tuning_specs
 
 from difffit_fast import __version__, baselines
 from difffit_fast.errors import DiffFitError

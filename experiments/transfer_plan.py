@@ -5,24 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from difffit_fast._files import write_text
-
-
-class Results:
-    """A JSON-lines file of runs by key, rewritten beside and renamed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.runs: dict[str, dict[str, Any]] = {run["key"]: run for run in map(json.loads, lines)}
-
-    def add(self, run: dict[str, Any]) -> None:
-        self.runs[run["key"]] = run
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, "".join(json.dumps(self.runs[k]) + "\n" for k in sorted(self.runs)))
+from reporting import Results
 
 
 def key_of(spec: dict[str, Any]) -> str:

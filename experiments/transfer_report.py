@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from transfer_plan import Results, chosen_multiples, comparison_specs, key_of, make_spec
+from reporting import Results, interval, paired, replace_block, save_figure, table, verdict
+from transfer_plan import chosen_multiples, comparison_specs, key_of, make_spec
 
-from difffit_fast._extras import require
 from difffit_fast._files import write_text
 from difffit_fast.errors import DiffFitError
 
@@ -28,33 +27,6 @@ ORDER_CLAIMS = [  # what the paper's Table 1 and its ablation of depth say: the 
     ("difffit", "difffit_all"), ("difffit", "difffit_last"),
 ]  # fmt: skip
 PAPER_RATES = (10, 1)  # ten times the pre-training rate is better than that rate
-
-
-class Interval(NamedTuple):
-    """Mean and half width of its 95 % confidence interval (Student's t; infinite for a single value)."""
-
-    mean: float
-    half: float
-    n: int
-
-    def __str__(self) -> str:
-        digits = max(0, 2 - math.floor(math.log10(self.half))) if 0 < self.half < math.inf else 3
-        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    n = len(values)
-    if n < 2:
-        return Interval(float(np.mean(values)), math.inf, n)
-    t = require("scipy.stats", "eval", "confidence intervals").t.ppf(0.975, n - 1)
-    return Interval(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), n)
-
-
-def verdict(difference: Interval) -> str:
-    """Of "the first is better", from the interval of first − second; smaller is better."""
-    if not difference.mean + difference.half >= 0:
-        return "holds"
-    return "the reverse" if difference.mean - difference.half > 0 else "undecided"
 
 
 Runs = dict[str, dict[str, dict[int, dict[str, Any]]]]  # set -> method -> seed -> run
@@ -78,12 +50,6 @@ def swept(plan: dict[str, Any], results: Results) -> dict[float, dict[int, dict[
             if run := results.runs.get(key_of(make_spec(plan, sweep["method"], sweep["set"], seed, multiple))):
                 found.setdefault(multiple, {})[seed] = run
     return found
-
-
-def paired(first: dict[int, dict], second: dict[int, dict], metric: str) -> Interval | None:
-    """Interval of first − second over the seeds that both have."""
-    seeds = sorted(set(first) & set(second))
-    return interval([first[s][metric] - second[s][metric] for s in seeds]) if seeds else None
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -117,21 +83,6 @@ def write(plan: dict[str, Any], results: Results, folder: Path, page: Path, samp
     if pictures or (folder / "transfer_samples.png").exists():
         parts += [f"![Real images and samples]({folder.name}/transfer_samples.png)"]
     replace_block(page, "transfer", "\n\n".join(parts))
-
-
-def replace_block(page: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a page."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    old = page.read_text(encoding="utf-8")
-    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
-        raise DiffFitError(f"{page} must hold {begin} and, after it, {end}, once each")
-    head, rest = old.split(begin)
-    write_text(page, f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def setting(plan: dict[str, Any], runs: Runs) -> str:
@@ -268,18 +219,6 @@ def floor(found: dict[str, dict[int, dict]]) -> float:
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
-
-
-def save_figure(path: Path, draw: Callable[[Any], Any]) -> None:
-    """Let ``draw`` make a figure with pyplot and write it beside ``path``, then rename."""
-    matplotlib = require("matplotlib", "eval", "plots")
-    matplotlib.use("Agg")
-    plt = require("matplotlib.pyplot", "eval", "plots")
-    figure = draw(plt)
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-    plt.close(figure)
-    temporary.replace(path)
 
 
 def plot_comparison(runs: Runs, path: Path) -> None:

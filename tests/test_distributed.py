@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training import TINY, Process, digits, flags
 
 from difffit_fast import DiT
+from difffit_fast.train.best import read_best
 from difffit_fast.train.checkpoint import CheckpointFolder
 from difffit_fast.train.track import read_metrics
 
@@ -69,7 +71,8 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
 
 def test_two_processes_see_the_losses_of_one(images: Path, tmp_path: Path) -> None:
     """Fifty steps, float32, a global batch that does not divide by two, a validation set that does not either."""
-    common = {"global_batch_size": 7, "val_path": images, "val_samples": 21, "val_every": 25, "max_grad_norm": 1.0}
+    common = {"global_batch_size": 7, "val_path": images, "val_samples": 21, "val_every": 25, "max_grad_norm": 1.0,
+              "best_by": "val"}  # fmt: skip
     for count in (1, 2):
         codes, outputs = finish(launch(count, words(images, tmp_path / str(count), **common), tmp_path / "logs"))
         assert codes == [0] * count, outputs
@@ -77,6 +80,9 @@ def test_two_processes_see_the_losses_of_one(images: Path, tmp_path: Path) -> No
     assert len(one) == 50
     assert two == pytest.approx(one, rel=1e-6)
     assert losses(tmp_path / "2", "val_loss") == pytest.approx(losses(tmp_path / "1", "val_loss"), rel=1e-6)
+    assert len(losses(tmp_path / "2", "val_loss")) == 3
+    best = read_best(tmp_path / "2" / "000-DiT-custom" / "checkpoints" / "best.safetensors")
+    assert best.loss == min(losses(tmp_path / "2", "val_loss"))
 
 
 def test_two_processes_that_replay_graphs_equal_two_that_do_not(images: Path, tmp_path: Path) -> None:
@@ -131,12 +137,25 @@ def test_an_error_on_one_process_ends_both(images: Path, tmp_path: Path) -> None
 
 def test_sharded_full_fine_tuning_matches_one_process(images: Path, tmp_path: Path) -> None:
     """FSDP2 of --method full: the same losses and a whole checkpoint, which a resume takes up."""
+    looked = {"val_path": images, "val_every": 2, "best_by": "val"}
     for count in (1, 2):
-        common = {"method": "full", "max_steps": 6, "ckpt_every": 3, "fsdp": count == 2}
+        common = {"method": "full", "max_steps": 6, "ckpt_every": 3, "fsdp": count == 2, **looked}
         codes, outputs = finish(launch(count, words(images, tmp_path / str(count), **common), tmp_path / "logs"))
         assert codes == [0] * count, outputs
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+    again = words(images, tmp_path / "again", **common, gradient_checkpointing=True)
+    codes, outputs = finish(launch(2, again, tmp_path / "logs"))  # blocks are gathered once more, in the backward pass
+    assert codes == [0, 0], outputs
+    file = "000-DiT-custom/checkpoints/0000006.state/tensors.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
     tensors = [CheckpointFolder(tmp_path / n / "000-DiT-custom" / "checkpoints").newest().tensors() for n in "12"]
     assert tensors[0].keys() == tensors[1].keys()
     for name, value in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], value, rtol=1e-3, atol=1e-5)
+    best = [tmp_path / n / "000-DiT-custom" / "checkpoints" / "best.safetensors" for n in "12"]
+    assert read_best(best[0]).step == read_best(best[1]).step > 0
+    assert read_best(best[1]).loss == pytest.approx(read_best(best[0]).loss, rel=1e-5)
+    averages = {name: value for name, value in load_file(best[1]).items() if not name.endswith("pos_embed")}
+    assert averages.keys() == {name.removeprefix("ema/") for name in tensors[1] if name.startswith("ema/")}
+    for name, value in load_file(best[0]).items():
+        torch.testing.assert_close(load_file(best[1])[name], value, rtol=1e-3, atol=1e-5)

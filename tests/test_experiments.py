@@ -22,11 +22,11 @@ if not (ROOT / "experiments").is_dir():
 for extra in ("sklearn", "scipy", "matplotlib"):
     pytest.importorskip(extra)
 
+import reporting  # noqa: E402
 import resolution  # noqa: E402
 import small  # noqa: E402
 import transfer  # noqa: E402
 import transfer_plan  # noqa: E402
-import transfer_report  # noqa: E402
 
 PAGE = """before
 <!-- transfer: begin -->
@@ -132,19 +132,19 @@ def test_interval_is_students():
 
     values = [1.0, 2.5, 2.0, 4.0, 3.5]
     low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
-    found = transfer_report.interval(values)
+    found = reporting.interval(values)
     assert found.mean - found.half == pytest.approx(low) and found.mean + found.half == pytest.approx(high)
-    assert transfer_report.interval([3.0]).half == math.inf
+    assert reporting.interval([3.0]).half == math.inf
 
 
 def test_verdicts():
-    interval = transfer_report.Interval
-    assert transfer_report.verdict(interval(-2.0, 1.0, 5)) == "holds"
-    assert transfer_report.verdict(interval(2.0, 1.0, 5)) == "the reverse"
-    assert transfer_report.verdict(interval(-2.0, 2.5, 5)) == "undecided"
-    assert transfer_report.verdict(interval(-2.0, math.inf, 1)) == "undecided"
+    interval = reporting.Interval
+    assert reporting.verdict(interval(-2.0, 1.0, 5)) == "holds"
+    assert reporting.verdict(interval(2.0, 1.0, 5)) == "the reverse"
+    assert reporting.verdict(interval(-2.0, 2.5, 5)) == "undecided"
+    assert reporting.verdict(interval(-2.0, math.inf, 1)) == "undecided"
     first, second = {0: {"m": 1.0}, 1: {"m": 2.0}}, {1: {"m": 2.5}, 0: {"m": 1.5}, 7: {"m": 99.0}}
-    assert transfer_report.paired(first, second, "m") == (-0.5, 0.0, 2)
+    assert reporting.paired(first, second, "m") == (-0.5, 0.0, 2)
 
 
 def test_settings_make_the_key():
@@ -169,7 +169,7 @@ def test_runs_stop_go_on_and_report(tmp_path, quick, capsys):
     assert len(file.read_text().splitlines()) == 4  # two learning rates of full and difffit
     assert transfer.main(arguments) == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    chosen = transfer_plan.chosen_multiples(TINY, transfer_plan.Results(file))
+    chosen = transfer_plan.chosen_multiples(TINY, reporting.Results(file))
     assert set(chosen) == set(TINY["methods"]) and chosen["difffit_last"] == chosen["difffit"]
     assert len(lines) == 4 + 8 + 2  # tuning, comparison, and of the sweep what the comparison has not
     for line in lines:
@@ -203,7 +203,7 @@ def test_page_without_markers_is_refused(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- transfer: end --> <!-- transfer: begin -->")
     with pytest.raises(DiffFitError, match="must hold"):
-        transfer_report.replace_block(page, "transfer", "text")
+        reporting.replace_block(page, "transfer", "text")
 
 
 def test_page_says_what_the_stored_runs_say(tmp_path):

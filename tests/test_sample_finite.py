@@ -93,6 +93,8 @@ def test_a_decoder_that_is_not_finite_is_told_apart() -> None:
         ({"cfg_scale": 1e38}, "cfg_scale must be at least 0 and less than 1000; got 1e"),
         ({"cfg_scale": -1}, "cfg_scale must be at least 0; got -1"),
         ({"eta": math.nan, "sampler": "ddim"}, "eta must be at least 0; got nan"),
+        ({"rtol": 0.0, "sampler": "dopri5"}, "rtol must be positive; got 0"),
+        ({"atol": math.nan, "sampler": "dopri5"}, "atol must be positive"),
         ({"num_sampling_steps": 0}, "num_sampling_steps must be at least 1"),
         ({"num_sampling_steps": 10**12, "sampler": "euler"}, "num_sampling_steps must be at least 1"),
         ({"batch_size": 10**9}, "batch_size must be at least 1 and less than"),
@@ -147,7 +149,7 @@ class Straight(torch.nn.Module):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 60, 1001])
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5"])
 def test_a_perfect_velocity_is_integrated_exactly(sampler: str, steps: int) -> None:
     data = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(Sampler(Straight(data), sampler, steps, 1.0).sample([0]), data, atol=1e-4, rtol=0)

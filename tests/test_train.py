@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -51,7 +53,8 @@ def settings(images: Path, folder: Path, **changes: object) -> dict:
 
 
 def train(images: Path, folder: Path, **changes: object):
-    with pytest.warns(UserWarning, match="random"):
+    frozen = changes.get("method") != "full" and not changes.get("ckpt")
+    with pytest.warns(UserWarning, match="frozen weights are random") if frozen else contextlib.nullcontext():
         trainer = Trainer(**settings(images, folder, **changes))
     return trainer, trainer.train()
 
@@ -263,7 +266,7 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((result.folder / "config.yaml").read_text())["num_classes"] == 3
     metrics = read_metrics(result.folder)
     assert [m["step"] for m in metrics if "loss" in m] == [2, 4, 6, 8]
-    assert [m["step"] for m in metrics if "val_loss" in m] == [4, 8]
+    assert [m["step"] for m in metrics if "val_loss" in m] == [0, 4, 8]
     assert (result.folder / "samples" / "0000008.png").stat().st_size > 100
     assert list((result.folder / "tensorboard").iterdir())
     # The delta holds the averaged weights, the state the raw ones; neither holds frozen weights.
@@ -280,11 +283,82 @@ def test_a_run_writes_what_it_promises(images: Path, tmp_path: Path) -> None:
 def test_training_lowers_the_validation_loss_and_validation_disturbs_nothing(images: Path, tmp_path: Path) -> None:
     common = dict(max_steps=40, ckpt_every=100, lr=1e-2, log_every=40)
     one, result = train(images, tmp_path / "a", val_path=str(images), val_every=20, **common)
-    losses = [m["val_loss"] for m in read_metrics(result.folder) if "val_loss" in m]
-    assert losses[1] < losses[0] < 1.2
+    losses = {m["step"]: m["val_loss"] for m in read_metrics(result.folder) if "val_loss" in m}
+    assert losses.keys() == {0, 20, 40} and losses[40] < losses[20] < losses[0] < 1.3
     other, _ = train(images, tmp_path / "b", **common)
     for p, q in zip(one.parameters.values(), other.parameters.values(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_compiled_code_does_not_depend_on_who_looked_before(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of several sizes, some of them for validation: each has code of its own, none is made for any size."""
+    compiled: list[tuple[int, bool]] = []  # images, and whether it trains; 0: any number
+
+    def noting(graph: torch.fx.GraphModule, inputs: list) -> object:
+        sizes = [
+            x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1:] == (3, 16, 16)
+        ]
+        symbols = any(isinstance(x, torch.SymInt) for x in inputs)
+        compiled.append((0 if symbols else sizes[0], torch.is_grad_enabled()))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=noting, **options))
+    torch._dynamo.reset()
+    train(images, tmp_path, compile=True, accumulate=3, val_path=str(images), val_samples=7, val_every=1, max_steps=2)
+    assert sorted(compiled) == [(1, False), (2, False), (2, True), (3, True)]
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    return [(m["step"], m["val_loss"]) for m in read_metrics(folder) if "val_loss" in m]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(100, [0, 5]), (5, [0, 5]), (2, [0, 2, 4, 5]), (3, [0, 3, 5])])
+def test_validation_before_the_first_step_and_after_the_last(
+    images: Path, tmp_path: Path, every: int, steps: list[int]
+) -> None:
+    with pytest.warns(UserWarning):
+        trainer = Trainer(**settings(images, tmp_path, val_path=str(images), val_every=every, max_steps=5, lr=1e-2))
+    model = trainer.model.eval()
+    batch = trainer.validation.__getitems__(range(24))
+    with torch.no_grad():
+        expected = trainer.objective.losses(model, batch).mean().item()
+    folder = trainer.train().folder
+    assert [step for step, _ in losses_of(folder)] == steps
+    assert losses_of(folder)[0][1] == pytest.approx(expected, rel=1e-5)
+    log = (folder / "log.txt").read_text()
+    assert f"(step=0000000) Val Loss: {expected:.4f} (24 images)" in log
+    assert log.index("Val Loss") < log.index("(step=0000001) Train Loss")
+    assert log.count("Val Loss") == len(steps)
+    model.eval()
+    trainer.ema.exchange()
+    with torch.no_grad():
+        assert losses_of(folder)[-1][1] == pytest.approx(trainer.objective.losses(model, batch).mean().item(), rel=1e-5)
+
+
+def test_a_run_that_goes_on_looks_at_no_step_twice(images: Path, tmp_path: Path) -> None:
+    looked = {"val_path": str(images), "val_every": 100, "max_steps": 6, "ckpt_every": 100}
+    _, whole = train(images, tmp_path / "whole", **looked)
+    with pytest.warns(UserWarning):
+        trainer = Trainer(**settings(images, tmp_path, **looked))
+    fetch = trainer._fetch
+
+    def told_to_stop(source: object) -> dict:
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(source)
+
+    trainer._fetch = told_to_stop
+    result = trainer.train()
+    assert result.step == 4 and [step for step, _ in losses_of(result.folder)] == [0]
+    _, resumed = train(images, tmp_path, **looked, resume="auto")
+    assert resumed.folder == result.folder and losses_of(resumed.folder) == losses_of(whole.folder)
+    assert (resumed.folder / "log.txt").read_text().count("Val Loss") == 2
+    shutil.rmtree(resumed.folder / "checkpoints")  # nothing to go on from: from the beginning, in the same folder
+    _, again = train(images, tmp_path, **looked, resume="auto")
+    assert again.folder == result.folder and losses_of(again.folder) == losses_of(whole.folder)
 
 
 def test_accumulation_and_clipping(images: Path, tmp_path: Path) -> None:
@@ -293,16 +367,32 @@ def test_accumulation_and_clipping(images: Path, tmp_path: Path) -> None:
     a, b = ([m["loss"] for m in read_metrics(r.folder)] for r in (whole, parts))
     assert a == pytest.approx(b, rel=1e-5)
     trainer = Trainer(**settings(images, tmp_path, max_grad_norm=1e-3), model=tiny())
-    norms = []
-    step = trainer.optimizer.step
+    norms, before = [], []
+    step, update = trainer.optimizer.step, trainer.stepper.update
+
+    def norm() -> float:
+        return math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainer.parameters.values()))
 
     def spy() -> None:
-        norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in trainer.parameters.values())))
+        norms.append(norm())
         step()
 
     trainer.optimizer.step = spy
-    trainer.train()
+    trainer.stepper.update = lambda number: (before.append(norm()), update(number))
+    folder = trainer.train().folder
     assert len(norms) == 8 and max(norms) == pytest.approx(1e-3, rel=1e-3)
+    assert [m["grad_norm"] for m in read_metrics(folder)] == pytest.approx(before, rel=1e-5) and min(before) > 2e-3
+
+
+def test_training_from_scratch_freezes_nothing_and_warns_of_nothing(images: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = Trainer(**settings(images, tmp_path, method="full", max_steps=1, global_seed=3)).train()
+    said = "no --ckpt: the model is trained from scratch, from seed 3"
+    assert (result.folder / "log.txt").read_text().count(said) == 1
+    for changes in ({"ckpt": str(result.delta), "model_args": {}, "method": "full"}, {}):
+        _, other = train(images, tmp_path / "others", max_steps=1, **changes)
+        assert "from scratch" not in (other.folder / "log.txt").read_text()
 
 
 def test_warm_up(images: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training import Process, digits, flags
 
+from difffit_fast import _devices
 from difffit_fast._processes import LostProcessError
 from difffit_fast.cli import main
 from difffit_fast.cli.terminal import Voice, voices
@@ -330,10 +331,65 @@ def test_workers_follow_the_shared_memory(
 ) -> None:
     usage = SimpleNamespace(free=int(free * 2**20))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage if path == "/dev/shm" else 1 / 0)
+    monkeypatch.setattr(stream, "usable_cpus", lambda: 200)
     count, told = stream.affordable_workers(wanted, 2**20)
     assert count == workers and (told is None) == (count == wanted)
     if told:
         assert f"{free:.0f} MB free" in told
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "wanted", "workers", "said"),
+    [
+        (1, 1, None, 0, None), (2, 1, None, 1, None), (3, 1, None, 2, None), (5, 1, None, 4, None), (64, 1, None, 4, None),
+        (8, 4, None, 1, None), (8, 8, None, 0, None), (64, 4, None, 4, None), (2, 1, 0, 0, None), (2, 1, 1, 1, None),
+        (2, 1, 4, 1, "1 data workers instead of 4: of 2 CPU(s) training takes one"),
+        (1, 1, 4, 0, "a thread of this process instead of 4 data workers: of 1 CPU(s) training takes one"),
+        (64, 1, 20, 20, None),
+        (8, 2, 6, 3, "3 data workers instead of 6: 2 processes train on 8 CPUs"),
+    ],
+)  # fmt: skip
+def test_workers_follow_the_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, processes: int, wanted: int | None, workers: int, said: str | None
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+    monkeypatch.setattr(stream, "usable_cpus", lambda: cpus)
+    assert stream.affordable_workers(wanted, 2**20, processes) == (workers, said)
+
+
+def test_of_cpus_and_shared_memory_the_scarcer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6 * 2**20))
+    monkeypatch.setattr(stream, "usable_cpus", lambda: 4)
+    count, told = stream.affordable_workers(8, 2**20)  # memory for two, CPUs for three
+    assert count == 2 and told.startswith("2 data workers instead of 8: /dev/shm has 6 MB free")
+    count, told = stream.affordable_workers(None, 2**20, processes=2)  # four of six batches in use: for one in each
+    assert count == 1 and told is None
+    assert stream.affordable_workers(None, 2**21, processes=2) == (0, stream.affordable_workers(None, 2**21, 2)[1])
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "300000 100000"}, 3),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu.max": "nonsense"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_the_cpus_of_a_container(
+    files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(_devices, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert _devices.usable_cpus() == cpus
 
 
 def test_a_run_says_that_it_takes_fewer_workers(
@@ -344,6 +400,17 @@ def test_a_run_says_that_it_takes_fewer_workers(
     assert "a thread of this process instead of 3 data workers" in capfd.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert "num_workers: 3" in (folder / "config.yaml").read_text()
+
+
+def test_a_run_takes_as_many_workers_as_there_are_cpus_for(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "usable_cpus", lambda: 2)
+    for wanted, said in ((None, False), (1, False), (4, True)):
+        trainer = trainer_of(images, tmp_path, num_workers=wanted, max_steps=2)
+        assert trainer.parts.num_workers == 1 and trainer.config.num_workers == wanted
+        assert any("1 data workers instead of 4" in note for note in trainer.parts.notes) == said
+    assert trainer.train().step == 2
 
 
 class Full:

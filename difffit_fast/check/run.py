@@ -9,6 +9,7 @@ from .._files import TEMPORARY, is_leftover
 from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.load import RUN_SETTINGS
+from ..train.best import read_best
 from ..train.checkpoint import CheckpointFolder
 from ..train.config import TrainConfig
 from ..train.track import read_metrics
@@ -28,7 +29,10 @@ def check_run(path: Path, report: Report) -> None:
             value = getattr(config, name, None)
             if value and not (model_path(value) if name == "ckpt" else Path(value)).exists():
                 report.suspicious("paths of its settings that are not there (from this folder)", f"{name}: {value}")
-    _check_checkpoints(CheckpointFolder(path / "checkpoints"), report)
+    folder = CheckpointFolder(path / "checkpoints")
+    _check_checkpoints(folder, report)
+    if folder.best_path.is_file():
+        _check_best(folder.best_path, report)
     metrics = read_metrics(path)
     for line in metrics:
         for key, value in line.items():
@@ -52,7 +56,7 @@ def _check_checkpoints(folder: CheckpointFolder, report: Report) -> None:
             continue
         whole.append(step)
         check_values(((f"{name} of step {step}", t) for name, t in checkpoint.tensors().items()), report)
-        _check_delta_of(checkpoint.delta, step, report)
+        _check_delta_of(checkpoint.delta, f"step {step}", report)
     report.facts["resumes from"] = f"step {whole[-1]}" if whole else "the beginning"
     if steps and not whole:
         report.wrong("no checkpoint is whole", str(folder.path))
@@ -60,7 +64,17 @@ def _check_checkpoints(folder: CheckpointFolder, report: Report) -> None:
         report.suspicious("no checkpoint yet", str(folder.path))
 
 
-def _check_delta_of(path: Path, step: int, report: Report) -> None:
+def _check_best(path: Path, report: Report) -> None:
+    try:
+        best = read_best(path)
+    except DiffFitError as error:
+        report.wrong("refused", str(error))
+        return
+    report.facts["best"] = f"step {best.step} (validation loss {best.loss:.4f})"
+    _check_delta_of(path, path.name, report)
+
+
+def _check_delta_of(path: Path, whose: str, report: Report) -> None:
     inner = Report(str(path), kind_of(path))
     checks = {"delta": check_delta, "trainables": check_trainables, "checkpoint": check_checkpoint}
     try:
@@ -68,4 +82,4 @@ def _check_delta_of(path: Path, step: int, report: Report) -> None:
     except DiffFitError as error:
         inner.wrong("refused", str(error))
     for finding in inner.findings:
-        report.add(finding.level, finding.what, [f"{text} (step {step})" for text in finding.examples])
+        report.add(finding.level, finding.what, [f"{text} ({whose})" for text in finding.examples])

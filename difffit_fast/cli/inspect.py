@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.checkpoint import image_pixels, read_model
 from ..models.delta import read_delta
+from ..models.foreign import LeftOutWarning
 from ..models.header import read_header
 from ..models.load import RUN_SETTINGS
 from ..models.sizes import model_name
 from ..models.state_dict import is_safetensors
+from ..train.best import read_best
 from ..train.checkpoint import CheckpointFolder
 from ..train.track import read_metrics
 
@@ -89,7 +92,9 @@ def _trainables(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    file = read_model(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)  # it is told below
+        file = read_model(path)
     if not file.is_difffit:
         file.check_keys(file.skeleton())
     name, names = file.weights
@@ -104,6 +109,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "recorded": sorted(file.recorded) or None,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.state.values()}),
         "tensors": len(file.state),
+        **({"left out": list(file.left_out)} if file.left_out else {}),
         **{key: value for key, value in _rest(file.header).items() if key != "objective"},
     }
 
@@ -133,8 +139,9 @@ def _rest(header: dict[str, Any]) -> dict[str, Any]:
         "pos_embed_scale",
         "image_size",
         "architecture",
+        "val_set",
     )
-    names = {"class_names": "class names", "class_rows": "class rows of the base"}
+    names = {"class_names": "class names", "class_rows": "class rows of the base", "val_loss": "validation loss"}
     return {names.get(key, key): value for key, value in header.items() if key not in told}
 
 
@@ -158,6 +165,12 @@ def _run(path: Path) -> dict[str, Any]:
     torn: list[str] = []
     folder = CheckpointFolder(path / "checkpoints")
     newest = folder.newest(torn.append)
+    best = None
+    if folder.best_path.is_file():
+        try:
+            best = read_best(folder.best_path)
+        except DiffFitError as error:
+            torn.append(str(error))
     metrics = read_metrics(path)
     losses = [line["loss"] for line in metrics if "loss" in line]
     return {
@@ -166,6 +179,7 @@ def _run(path: Path) -> dict[str, Any]:
         "resumes from": newest.step if newest else "the beginning",
         "delta": str(newest.delta) if newest else None,
         "last loss": losses[-1] if losses else None,
+        "best": f"step {best.step}, validation loss {best.loss:.4f}: {folder.best_path}" if best else None,
         "torn": torn,
         **read_yaml(path / RUN_SETTINGS),
     }

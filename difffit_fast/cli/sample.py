@@ -17,7 +17,7 @@ from .._processes import World
 from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.sizes import model_name
-from ..sample.sampler import DDPM_SAMPLERS, FLOW_METHODS, SAMPLERS
+from ..sample.sampler import SAMPLERS, SAMPLERS_OF
 
 FLOW_DEFAULT = "euler"
 
@@ -39,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-classes", type=int, help="check that the model has so many classes")
     add("--objective", choices=("ddpm", "flow"), help="what the model predicts: ddpm (DiT) or flow (SiT)")
     add("--vae", help="ema, mse, none, a folder or a hub name (default: that of training, else ema; none for pixels)")
-    add("--sampler", help="ddpm, ddim, dpm++, unipc, or for flow euler, heun (default: ddpm or euler)")
-    add("--num-sampling-steps", type=int, default=250, help="steps (default: 250)")
+    add("--sampler", help="ddpm, ddim, dpm++, unipc, or for flow euler, heun, dopri5, sde (default: ddpm or euler)")
+    add("--num-sampling-steps", type=int, default=250, help="steps (default: 250; dopri5 chooses its own)")
     add("--eta", type=float, default=0.0, help="noise of the ddim sampler, 0 to 1")
+    add("--rtol", type=float, default=1e-3, help="relative tolerance of the dopri5 sampler (default: 0.001)")
+    add("--atol", type=float, default=1e-6, help="absolute tolerance of the dopri5 sampler (default: 0.000001)")
     add("--cfg-scale", type=float, help="guidance, 1 for none (default: 4.0; with --num-fid-samples 1.5)")
     add("--cfg-channels", default="first3", help="channels that are guided: first3 (as published), all, or a count")
     add(
@@ -126,6 +128,8 @@ def _make_sampler(args: argparse.Namespace, device: torch.device) -> Any:
         int(args.cfg_channels) if args.cfg_channels.isdigit() else args.cfg_channels,
         vae=args.vae or loaded.header.get("vae") or ("ema" if model.in_channels == 4 else "none"),
         eta=args.eta,
+        rtol=args.rtol,
+        atol=args.atol,
         batch_size=args.per_proc_batch_size,
         autocast=bf16 if args.delta is None or args.merge else None,
         class_names=loaded.class_names,
@@ -149,9 +153,9 @@ def _objective(args: argparse.Namespace, recorded: str | None) -> tuple[str, str
         raise DiffFitError(f"the model was trained with --objective {recorded}; {args.objective} was asked for")
     objective = recorded or args.objective
     if objective is None:
-        objective = "flow" if args.sampler in FLOW_METHODS else "ddpm"
+        objective = "flow" if args.sampler in SAMPLERS_OF["flow"] else "ddpm"
     sampler = args.sampler or ("ddpm" if objective == "ddpm" else FLOW_DEFAULT)
-    fitting = DDPM_SAMPLERS if objective == "ddpm" else FLOW_METHODS
+    fitting = SAMPLERS_OF[objective]
     if sampler not in fitting:
         raise DiffFitError(f"--sampler {sampler} is not for --objective {objective}, which takes {', '.join(fitting)}")
     return objective, sampler
@@ -202,7 +206,7 @@ def folder_name(args: argparse.Namespace, sampler: Any) -> str:
     """``{model}-{ckpt}-size-{pixels}-vae-{vae}-cfg-{scale}-seed-{seed}``, as DiT names it, with the delta's name."""
     model = sampler.model
     stems = [Path(path).stem for path in (args.ckpt, args.delta) if path]
-    name = args.model or model_name(model.config, "flow" if sampler.sampler in FLOW_METHODS else "ddpm")
+    name = args.model or model_name(model.config, "flow" if sampler.sampler in SAMPLERS_OF["flow"] else "ddpm")
     vae = os.path.basename(os.path.normpath(sampler.vae.name))
     size = model.input_size * sampler.vae.factor
     tail = f"size-{size}-vae-{vae}-cfg-{sampler.cfg_scale}-seed-{args.seed}"

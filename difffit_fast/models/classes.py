@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
+from .._words import first_few
 from ..errors import DiffFitError
 
 CLASSES = ("match", "keep", "new")
@@ -174,15 +175,15 @@ def _by_name(base: Sequence[str], names: Sequence[str], rows: tuple[int | None, 
     found = [(name, base[row]) for name, row in zip(names, rows, strict=True) if row is not None]
     said = f"classes: {len(found)} of {len(names)} by name"
     if other := [f"{theirs!r} for {ours!r}" for ours, theirs in found if ours != theirs]:
-        said += f" ({_first(other)})"
+        said += f" ({first_few(other)})"
     if new := [
         f"{name!r} from {'the mean' if source is None else repr(base[source])}"
         for name, row, source in zip(names, rows, like, strict=True)
         if row is None
     ]:
-        said += f", {len(new)} new ({_first(new)})"
+        said += f", {len(new)} new ({first_few(new)})"
     if left := [repr(name) for row, name in enumerate(base) if row not in set(rows)]:
-        said += f"; {len(left)} of the base's are dropped ({_first(left)})"
+        said += f"; {len(left)} of the base's are dropped ({first_few(left)})"
     return ClassRows(tuple(names), rows, like, len(base), False, said)
 
 
@@ -197,10 +198,5 @@ def _check_kept(base: Sequence[str] | None, count: int, names: Sequence[str] | N
     if base is not None and names is not None:
         ours = [repr(name) for name, row in zip(names, rows, strict=True) if row is None]
         theirs = [repr(name) for row, name in enumerate(base) if row not in rows]
-        told += f"; only the base has {_first(theirs) or 'none'}, only the new ones {_first(ours) or 'none'}"
+        told += f"; only the base has {first_few(theirs) or 'none'}, only the new ones {first_few(ours) or 'none'}"
     raise DiffFitError(f"{told} (classes: match or new makes rows for them)")
-
-
-def _first(words: Sequence[str]) -> str:
-    """The first three of ``words``."""
-    return ", ".join(words[:3]) + (", …" if len(words) > 3 else "")

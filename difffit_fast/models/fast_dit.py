@@ -16,16 +16,14 @@ concatenates anything.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import DiffFitError
 from ..ops._register import autocast_on
@@ -39,7 +37,7 @@ from ..ops.weights import keep_layout, lay_together
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
 from .difffit import DiffFitConfig, is_extra
-from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, timestep_embedding, transformed
+from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, published, timestep_embedding, transformed
 from .merge import merge
 from .plain_difffit import PlainDiffFitDiT
 
@@ -84,7 +82,6 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             raise DiffFitError(f"compute_dtype must be a floating dtype of at least 16 bits; got {compute_dtype}")
         self.compute_dtype = compute_dtype
         self.attention = attention
-        self.gradient_checkpointing = False
         self._said: str | None = None
         self._narrow()
         self._arrange()
@@ -201,11 +198,8 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             tokens = self.x_embedder(x).to(stream) + self.pos_embed.to(stream)
             condition = self.t_embedder(t) + self.y_embedder(y, self.training)
             for block in self.blocks:
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    tokens = checkpoint(block, tokens, condition, use_reentrant=False)
-                else:
-                    tokens = block(tokens, condition)
-            return self.unpatchify(self.final_layer(tokens, condition)).to(x.dtype)
+                tokens = self.call_block(block, tokens, condition)
+            return self.output(self.final_layer(tokens, condition)).to(x.dtype)
 
     def _forward(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         in_dtype, stream = x.dtype, torch.float64 if dtype == torch.float64 else torch.float32
@@ -216,18 +210,14 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         x = x.to(stream) + self.pos_embed.to(stream)
         h = adaln(x, *first.unbind(), LN_EPS, dtype)
         for i, module in enumerate(self.blocks):
-            call = run_block
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, and in a CUDA graph no generator's state could be read.
-                call = functools.partial(checkpoint, run_block, use_reentrant=False, preserve_rng_state=False)
             attn, mlp = module.attn, module.mlp
             weights = tuple(w.to(dtype) for w in (attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight))
-            x, h = call(
-                x, h, weights, biases.qkv[i], biases.fc1[i], joints[2 * i : 2 * i + 2], self.num_heads,
+            x, h = self.call_block(
+                run_block, x, h, weights, biases.qkv[i], biases.fc1[i], joints[2 * i : 2 * i + 2], self.num_heads,
                 bias1_cast=biases.fc1_cast[i], eps=LN_EPS, backend=self.attention,
             )  # fmt: skip
         last = self.final_layer.linear
-        return self.unpatchify(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
+        return self.output(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C·p·p), in the order of the flattened weight of a strided convolution."""
@@ -341,7 +331,8 @@ class FastDiffFitDiT(PlainDiffFitDiT):
                 (DiffFit's way from 256 to 512), "native" counts patches, as in the public 512 model.
             weights: "ema" or "model" where a file has both, or the name of a set.
             kwargs: further constructor arguments. ``num_heads`` for unpublished widths whose file does not record it;
-                ``class_dropout_prob=0`` for a table without a null class; ``attention``. Others must agree with the file.
+                ``class_dropout_prob=0`` for a table without a null class; ``objective="flow"`` for a SiT whose file does not
+                say so, as the public one; ``attention``. Others must agree with the file.
 
         Raises:
             DiffFitError: unreadable file, not a DiT, impossible sizes, or an argument that the file contradicts.
@@ -363,10 +354,11 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         input_size: int | None = None,
         pos_embed: str | float = "scaled",
         class_dropout_prob: float | None = None,
+        objective: str | None = None,
         **kwargs: Any,
     ) -> FastDiffFitDiT:
         told = {key: kwargs.pop(key) for key in DIT_ARGUMENTS if key in kwargs}
-        file = file.expect(**told)
+        file = file.expect(**told).predicting(objective)
         if class_dropout_prob is not None:
             file = file.with_null_class(class_dropout_prob > 0)
         file = file.adapt(
@@ -377,7 +369,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         if class_dropout_prob is not None:
             arguments["class_dropout_prob"] = class_dropout_prob
         try:
-            model = cls(**arguments, **kwargs)
+            model = cls(**arguments, objective=file.objective, **kwargs)
         except ValueError as error:
             raise DiffFitError(f"the model cannot be built: {error}") from error
         file.check_keys(model)
@@ -403,3 +395,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
     def merge(self) -> DiT:
         """An ordinary DiT that computes the same; see :func:`difffit_fast.models.merge.merge`."""
         return merge(self)
+
+
+# What the public training scripts import as DiT_models or SiT_models.
+FastDiffFitDiT_models: dict[str, Callable[..., FastDiffFitDiT]] = published(FastDiffFitDiT)

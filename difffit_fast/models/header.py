@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "image_size": (int,),  # pixels
     "vae": (str,),
     "step": (int,),
+    "val_loss": (int, float),  # of the best of a run: the smallest so far
+    "val_set": (str,),  # and of which images it is the mean, as a hash
     "architecture": (str,),  # "DiT-XL/2"
     "method": (str,),
     "method_options": (dict,),
@@ -56,6 +59,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 # Numbers have bounds, both included.
 BOUNDS: dict[str, tuple[float, float]] = {
     "pos_embed_scale": (1e-6, 1e6), "image_size": (1, 1 << 20), "step": (0, (1 << 63) - 1),
+    "val_loss": (-sys.float_info.max, sys.float_info.max),
     "random_base": (0, (1 << 64) - 1),
 }  # fmt: skip
 _PLAIN = ("format", "kind", "version", "base_hash")

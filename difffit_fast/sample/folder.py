@@ -134,7 +134,8 @@ def image_labels(sampler: Sampler, num_images: int, labels: Sequence[int | str] 
 
 def sampler_settings(sampler: Sampler) -> dict[str, Any]:
     """What of a sampler decides the images."""
-    names = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "eta")
+    names = ["sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "eta"]
+    names += ["rtol", "atol"] if sampler.sampler == "dopri5" else []
     return {
         **{name: getattr(sampler, name) for name in names},
         "model": sampler.model.config,

@@ -12,18 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._bounds import BATCH, GUIDANCE, NOT_NEGATIVE, SEED, STEPS, check_number, check_whole
+from .._bounds import BATCH, GUIDANCE, NOT_NEGATIVE, POSITIVE, SEED, STEPS, check_number, check_whole
 from .._words import nearest
 from ..data.vae import LatentSpace, PixelSpace, load_vae
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, create_diffusion, randn, solver_sample_loop
-from ..diffusion.flow import METHODS as FLOW_METHODS
+from ..diffusion.flow import METHODS
+from ..diffusion.flow import SAMPLERS as FLOW_SAMPLERS
 from ..diffusion.solvers import make_scheduler
 from ..errors import DiffFitError
 from ..models.classes import composed
 from ..models.dit import guided_forward, num_guided_channels
 
 DDPM_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
-SAMPLERS = (*DDPM_SAMPLERS, *FLOW_METHODS)
+SAMPLERS = (*DDPM_SAMPLERS, *FLOW_SAMPLERS)
+SAMPLERS_OF = {"ddpm": DDPM_SAMPLERS, "flow": FLOW_SAMPLERS}  # by what the model was trained to predict
 
 
 class NonFiniteSampleError(DiffFitError):
@@ -38,12 +40,14 @@ class Sampler:
     Args:
         model: a :class:`DiT` or :class:`FastDiffFitDiT`; used in eval mode, and put back in its mode afterwards.
         sampler: ``"ddpm"``, ``"ddim"``, ``"dpm++"``, ``"unipc"`` (the last two from diffusers) for models that predict
-            noise, ``"euler"``, ``"heun"`` for flow matching (SiT).
-        num_sampling_steps: steps; Heun calls the model twice in each. DDPM and DDIM spread them evenly from end to end.
+            noise, ``"euler"``, ``"heun"``, ``"dopri5"``, ``"sde"`` for flow matching (SiT).
+        num_sampling_steps: steps; Heun calls the model twice in each. DDPM and DDIM spread them evenly from end to end;
+            dopri5 takes as many as its tolerances ask for, whatever is given here.
         cfg_scale: guidance; 1 uses the conditional prediction alone, in half the time.
         cfg_channels: ``"first3"`` (as published), ``"all"``, or a count.
         vae: decoder: None or ``"none"`` for models of pixels, ``"ema"``, ``"mse"``, a folder, or a loaded one.
         eta: DDIM's noise, 0 to 1.
+        rtol, atol: dopri5's tolerances, relative and absolute.
         diffusion: noise schedule to sample from in place of DiT's linear one; its respacing is made anew.
         batch_size: images at a time.
         autocast: dtype to run the model in through autocast (``torch.bfloat16``); None: as the model is.
@@ -51,7 +55,8 @@ class Sampler:
         progress: show a bar over the steps.
 
     Image i of ``sample(labels, seed)`` depends on ``seed``, i and its label, not on the batch size, the device's random
-    numbers or the number of processes (beyond the last bits of float arithmetic).
+    numbers or the number of processes (beyond the last bits of float arithmetic, and with dopri5 its tolerances where
+    these bits decide about a step).
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class Sampler:
         device: torch.device | str | None = None,
         *,
         eta: float = 0.0,
+        rtol: float = 1e-3,
+        atol: float = 1e-6,
         diffusion: GaussianDiffusion | None = None,
         batch_size: int = 32,
         autocast: torch.dtype | None = None,
@@ -77,8 +84,16 @@ class Sampler:
         check_whole("batch_size", batch_size, BATCH)
         check_number("cfg_scale", cfg_scale, GUIDANCE)
         check_number("eta", eta, NOT_NEGATIVE)
+        check_number("rtol", rtol, POSITIVE)
+        check_number("atol", atol, POSITIVE)
         if eta > 1:
             raise DiffFitError(f"eta must be at most 1; got {eta}")
+        objective = getattr(model, "objective", None)
+        if objective is not None and sampler not in SAMPLERS_OF[objective]:
+            raise DiffFitError(
+                f"the sampler {sampler} is not for a model of the objective {objective}, which takes "
+                f"{', '.join(SAMPLERS_OF[objective])}"
+            )
         self.model = model if device is None else model.to(device)
         self.device = next(model.parameters()).device
         self.sampler = sampler
@@ -86,6 +101,7 @@ class Sampler:
         self.cfg_scale = cfg_scale
         self.cfg_channels = cfg_channels
         self.eta = eta
+        self.rtol, self.atol = rtol, atol
         self.batch_size = batch_size
         self.autocast = autocast
         self.class_names = list(class_names) if class_names is not None else None
@@ -176,9 +192,13 @@ class Sampler:
     def _integrator(self, diffusion: GaussianDiffusion | None) -> Callable[..., Tensor]:
         """``loop(model, shape, noise, generator=, progress=)`` for the sampler's name."""
         steps, learn_sigma = self.num_sampling_steps, self.model.learn_sigma
-        if self.sampler in FLOW_METHODS:
-            flow = FlowMatching()
+        flow = FlowMatching()
+        if self.sampler in METHODS:
             return lambda *a, **k: flow.ode_sample_loop(*a, num_steps=steps, method=self.sampler, **k)
+        if self.sampler == "dopri5":
+            return lambda *a, **k: flow.dopri5_sample_loop(*a, rtol=self.rtol, atol=self.atol, **k)
+        if self.sampler == "sde":
+            return lambda *a, **k: flow.sde_sample_loop(*a, num_steps=steps, **k)
         base = diffusion or create_diffusion()
         # The solvers' last step of as many as the schedule has begins and ends at the same noise, and divides by nothing.
         most = base.original_num_steps - (self.sampler in SOLVERS)

@@ -4,6 +4,7 @@
     checkpoints/0001000.state/         what else a resume needs; the frozen weights are in neither
         tensors.safetensors            raw trainables, their averages, the optimizer's moments
         state.json                     step, position in the data, generators, settings, checksums of both files
+    checkpoints/best.safetensors       with --best-by: as the first, of the best step so far; no checkpoint (:mod:`.best`)
 
 The folder appears last, under its final name, by one rename: a step whose folder is missing or whose checksums do not
 match was torn by a kill, and the one before it is used; so is it where values are not finite.
@@ -30,6 +31,7 @@ from .._files import beside, remove, sha256, sweep, write_safetensors, write_tex
 from ..errors import DiffFitError
 
 VERSION = 1
+BEST_FILE = "best.safetensors"
 _STEP = re.compile(r"^(\d{7,})\.(safetensors|state)$")
 
 
@@ -66,6 +68,17 @@ class CheckpointFolder:
 
     def state_path(self, step: int) -> Path:
         return self.path / f"{step:07d}.state"
+
+    @property
+    def best_path(self) -> Path:
+        return self.path / BEST_FILE
+
+    def save_best(self, write: Callable[[Path], None]) -> Path:
+        """Let ``write`` put a file in the place of the best so far; no count removes it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write(self.best_path)
+        _flush_folder(self.path)
+        return self.best_path
 
     def save(
         self, step: int, write_delta: Callable[[Path], None], tensors: Mapping[str, Tensor], info: Mapping[str, Any]

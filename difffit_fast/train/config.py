@@ -43,6 +43,7 @@ from .settings import flag, option, settings_of
 DEFAULT_LR = {"full": 1e-4, "lora": 1e-4}
 DEFAULT_LR_SMALL = 1e-3
 DEFAULT_STEPS = 24_000  # the transfer protocol of the literature
+DEFAULT_WORKERS = 4  # that prepare batches, at most
 
 _data, _model, _optimisation, _run = (partial(option, group) for group in ("data", "model", "optimisation", "run"))
 _processes = partial(option, "several processes (started with torchrun)")
@@ -74,13 +75,15 @@ class TrainConfig:
     num_classes: int | None = _data(
         None, "classes of the model (default: those of the data)", steers=True, bounds=CLASS_COUNT, part_of_model=True)
     val_path: str | None = _data(
-        None, "images by class, or cached features, for the validation loss", steers=False, rival="val_fraction")
+        None, "images by class, or cached features, for the validation loss; of classes of the training data or of --ckpt",
+        steers=False, rival="val_fraction")
     val_fraction: float = _data(
         0.0, "part of the training data held out for the validation loss",
         steers=True, bounds=FRACTION, rival="val_path")
     val_samples: int = _data(512, "images that the validation loss looks at, at most", steers=False, bounds=FROM_ONE)
-    num_workers: int = _data(
-        4, "processes that prepare batches; 0: one thread of this process", steers=False, bounds=WORKERS)
+    num_workers: int | None = _data(
+        None, "processes that prepare batches, as far as there are CPUs beside the one that trains; 0: a thread of this process "
+        f"(default: {DEFAULT_WORKERS}, or as many as there are CPUs for)", steers=False, bounds=WORKERS)
     # model
     model: str | None = _model(
         None, "DiT-XL/2, SiT-XL/2 and their kin (default: that of --ckpt, else DiT-XL/2)", steers=True)
@@ -93,7 +96,8 @@ class TrainConfig:
         None, "attention heads, for unpublished widths in files that do not record them", steers=True, bounds=SIDE)
     classes: str = _model(
         "match", "rows of the class table that classes start from: match takes those of --ckpt by name and makes others from "
-        "the names most like theirs, keep makes none, new draws all at random", steers=True, choices=CLASSES)
+        "the names most like theirs, keep makes none and keeps those that no image is of, new draws all at random",
+        steers=True, choices=CLASSES)
     method: str = _model(
         "difffit", "difffit, bitfit, full, lora, or another of difffit_fast.baselines", steers=True, part_of_model=True)
     method_args: dict = _model(
@@ -111,6 +115,9 @@ class TrainConfig:
         steers=True, choices=("auto", "bf16", "fp32"))
     tf32: bool = _model(True, "TF32 matrix products in fp32 on GPUs that have them", steers=True)
     compile: bool = _model(False, "run the model through torch.compile", steers=True)
+    gradient_checkpointing: bool = _model(
+        False, "compute each block again in the backward pass instead of keeping what it needs: less memory, and a second "
+        "forward pass; the same gradients", steers=False)
     cuda_graph: str = _model(
         "auto", "replay forward and backward from a CUDA graph, which keeps the memory of a step's activations while the "
         "run lasts; auto: where that can be", steers=False, choices=("auto", "on", "off"))
@@ -127,7 +134,7 @@ class TrainConfig:
         "constant", "the learning rate after its warm-up: constant, or falling to 0 at the last step as a cosine or linear",
         steers=True, choices=tuple(SCHEDULES), unrecorded="constant")
     max_grad_norm: float = _optimisation(
-        0.0, "clip the gradient to this norm; 0: do not", steers=True, bounds=NOT_NEGATIVE)
+        0.0, "clip the gradient to this norm (metrics.jsonl has the norms before); 0: do not", steers=True, bounds=NOT_NEGATIVE)
     ema_decay: float = _optimisation(
         0.9999, "decay of the averaged weights, after its own warm-up", steers=True, bounds=FRACTION)
     max_steps: int | None = _optimisation(
@@ -144,7 +151,11 @@ class TrainConfig:
     ckpt_every: int = _run(1000, "steps between checkpoints", steers=False, bounds=FROM_ONE)
     keep_checkpoints: int = _run(5, "newest checkpoints to keep; 0: all", steers=False, bounds=FROM_ZERO)
     val_every: int = _run(
-        1000, "steps between validation losses, where there is validation data", steers=False, bounds=FROM_ONE)
+        1000, "steps between validation losses, where there is validation data; the first and the last step have theirs anyway",
+        steers=False, bounds=FROM_ONE)
+    best_by: str = _run(
+        "none", "val: the averaged weights of the smallest validation loss so far are kept as checkpoints/best.safetensors",
+        steers=False, choices=("none", "val"), null="none")
     sample_every: int = _run(0, "steps between grids of samples; 0: none", steers=False, bounds=FROM_ZERO)
     num_samples: int = _run(8, "images in such a grid", steers=False, bounds=GRID)
     num_sampling_steps: int = _run(50, "sampling steps of such a grid", steers=False, bounds=STEPS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,18 +38,22 @@ class Looks:
             if parts.space is None:
                 raise DiffFitError("--fid-every needs a decoder: images or --vae with its weights")
 
-    def __call__(self, step: int, folder: Path, tracker: Tracker) -> None:
-        """Take every look that is due after ``step``; what is seen goes to ``tracker``, pictures to ``folder``."""
+    def __call__(self, step: int, folder: Path, tracker: Tracker) -> float | None:
+        """Take every look that is due after ``step``; what is seen goes to ``tracker``, pictures to ``folder``.
+
+        Returns the validation loss, on all processes, where it was due: after the last step it always is.
+        """
 
         def due(every: int) -> bool:
             return every > 0 and step % every == 0
 
-        if self.parts.validation is not None and due(self.config.val_every):
-            self._validate(step, tracker)
+        last = step == self.parts.total_steps
+        loss = self.validate(step, tracker) if last or due(self.config.val_every) else None
         if self.parts.space is not None and self._takes_part and due(self.config.sample_every):
             self._sample(step, folder / "samples" / f"{step:07d}.png", tracker)
         if self._frechet is not None and due(self.config.fid_every):
             self._measure(step, self._frechet, tracker)
+        return loss
 
     @contextlib.contextmanager
     def _averages(self) -> Iterator[None]:
@@ -63,18 +67,21 @@ class Looks:
             self.parts.model.train()
             self.ema.exchange()
 
-    def _validate(self, step: int, tracker: Tracker) -> None:
-        """The loss on the fixed validation set."""
+    def validate(self, step: int, tracker: Tracker) -> float | None:
+        """The loss on the fixed validation set; None without one."""
         parts, config = self.parts, self.config
+        if parts.validation is None:
+            return None
         size = max(1, config.global_batch_size // self.world.size // config.accumulate)
         with self._averages():
             loss = validation_loss(parts.objective, parts.forward, parts.validation, self.world, size, parts.device)
         tracker.say(f"(step={step:07d}) Val Loss: {loss:.4f} ({len(parts.validation)} images)")
         tracker.numbers(step, val_loss=loss)
+        return loss
 
     def _sample(self, step: int, path: Path, tracker: Tracker) -> None:
-        """A grid of every class in turn, at fixed seeds."""
-        labels = [i % self.parts.model.num_classes for i in range(self.config.num_samples)]
+        """A grid of every class in turn that training images are of, at fixed seeds."""
+        labels = self._in_turn(self.config.num_samples)
         with self._averages():
             images = self._sampler().sample(labels, self.config.global_seed)
         if self.world.main:
@@ -84,12 +91,15 @@ class Looks:
             tracker.image(step, path)
 
     def _measure(self, step: int, frechet: FrechetDistance, tracker: Tracker) -> None:
-        """The Fréchet distance of samples of every class in turn."""
+        """The Fréchet distance of samples of every class in turn that training images are of."""
         with self._averages():
-            name, value = frechet(self._sampler(), self.parts.model.num_classes)
+            name, value = frechet(self._sampler(), self._in_turn(self.config.fid_samples))
         if self.world.main:
             tracker.say(f"(step={step:07d}) {name.upper()}: {value:.3f} ({self.config.fid_samples} samples)")
             tracker.numbers(step, **{name: value})
+
+    def _in_turn(self, count: int) -> list[int]:
+        return [self.parts.shown[i % len(self.parts.shown)] for i in range(count)]
 
     def _sampler(self) -> Sampler:
         """The sampler that the settings ask for; guided where the model has a null class."""
@@ -102,7 +112,7 @@ class Looks:
 
 
 class FrechetDistance:
-    """Fréchet distance of ``fid_samples`` samples, always from the same noise, to the reference; its statistics once.
+    """Fréchet distance of samples, always from the same noise, to the reference; its statistics once.
 
     Raises:
         DiffFitError: no reference to compare with, no Inception weights, or a reference that cannot be read.
@@ -119,11 +129,10 @@ class FrechetDistance:
         self.evaluate = Evaluator(
             reference, resolve_features(config.fid_features), device=device, image_size=config.image_size, **options
         )
-        self.count, self.seed = config.fid_samples, config.global_seed
+        self.seed = config.global_seed
 
-    def __call__(self, sampler: Sampler, num_classes: int) -> tuple[str, float]:
-        """The metric's name ("fid", or "fd" in other features than Inception's) and its value."""
-        labels = [i % num_classes for i in range(self.count)]
+    def __call__(self, sampler: Sampler, labels: Sequence[int]) -> tuple[str, float]:
+        """The metric's name ("fid", or "fd" in other features than Inception's) and its value for samples of ``labels``."""
         result = self.evaluate(sampler.sample(labels, self.seed))
         name = self.evaluate.metrics[0]
         return name, float(result[name])

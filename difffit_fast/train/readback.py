@@ -34,6 +34,7 @@ class Readback:
 
     Attributes:
         window: losses since :meth:`close_window`, of all steps that were read.
+        grad_norm: the norm of the gradients, before clipping, of the newest step that was read; NaN before the first.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Readback:
         blame: Callable[[int], str] = lambda step: "",
     ) -> None:
         self.window, self.tell, self.blame = window, tell, blame
+        self.grad_norm = math.nan
         self._batch_size, self._alone = config.global_batch_size, world.size == 1
         self._interrupt, self._checkpoints = interrupt, checkpoints
         self._unread: deque[tuple[int, Tensor, Any]] = deque()
@@ -79,6 +81,7 @@ class Readback:
                 if not math.isfinite(value):
                     raise self._non_finite(step, what, value)
             self.window.append(loss)
+            self.grad_norm = norm
             self.tell(loss)
             if wish and not self._interrupt.number:  # another process was told to stop
                 self._interrupt.number = signal.SIGTERM

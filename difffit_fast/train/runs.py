@@ -14,7 +14,7 @@ from typing import IO, Any
 from .._files import beside, check_unicode, read_yaml, sweep
 from ..errors import DiffFitError
 from ..models.load import RUN_SETTINGS as CONFIG_FILE
-from .checkpoint import Checkpoint, CheckpointFolder
+from .checkpoint import BEST_FILE, Checkpoint, CheckpointFolder
 from .config import TrainConfig
 from .settings import settings_of
 
@@ -96,6 +96,11 @@ def find_start(config: TrainConfig, model: str) -> Start:
             raise DiffFitError(f"the run {path} holds no whole checkpoint to resume from")
     else:
         step = path.name.split(".")[0]
+        if path.name == BEST_FILE:
+            raise DiffFitError(
+                f"--resume {config.resume}: it holds weights and no optimizer's state, so no run can go on from it; expected "
+                f"the run folder, {path.parent.parent}, or a checkpoint with a number"
+            )
         if path.parent.name != "checkpoints" or not step.isdigit() or not path.exists():
             raise DiffFitError(
                 f"--resume must be none, auto, a run folder or a checkpoint in it (…/checkpoints/0001000.safetensors); "

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .._processes import World
 from ..data import ImageFolder, LatentSpace, PixelSpace, TrainingData
 from ..errors import DiffFitError
 from ..models.checkpoint import ModelFile
-from ..models.classes import ClassRows
+from ..models.dit import DiT
 from ..models.sizes import model_name
 from .captured import choose_capture
 from .config import DEFAULT_STEPS, TrainConfig
-from .methods import build_model, objective_of, read_base
+from .labels import Classes, choose_classes, class_names_of
+from .methods import build_model, objective_of, read_base, trains_whole
 from .objective import DTYPES, Objective, choose_precision
-from .source import Source, count_classes, open_source
+from .source import Source, open_source
 from .stream import TrainStream, ValidationStream, affordable_workers, choose, hold_out
 
 
@@ -32,7 +34,8 @@ class Parts:
         model: on the device, and sharded if it is to be; ``forward`` is how to call it, compiled or not.
         parameters: what trains, by name.
         space: decodes samples; None where there is nothing to decode them with.
-        num_workers: processes that load data, as many as wished or as there is shared memory for.
+        class_names: of the model; ``shown``: those of them that training images are of, by number.
+        num_workers: processes that load data, as many as wished or as there are CPUs and shared memory for.
         captured: whether forward and backward are to run from a CUDA graph.
         notes: what the user should hear.
     """
@@ -48,6 +51,7 @@ class Parts:
     validation: ValidationStream | None
     space: LatentSpace | PixelSpace | None
     class_names: list[str]
+    shown: list[int]
     total_steps: int
     num_workers: int
     captured: bool
@@ -70,21 +74,23 @@ def assemble(
     precision, slow = choose_precision(config.precision, device)
     config = config.replace(precision=precision)
     base = read_base(config) if model is None else None
+    given = model is not None
     source = open_source(config, device, data, val_data, _channels(config, model, base))
-    num_classes = count_classes(config, model, source.data)
-    names = list(source.data.class_names)
-    names += (_class_names(model) or [f"class {i}" for i in range(num_classes)])[len(names) :]
-    model, objective = _model_and_objective(config, source, names, model, base)
-    stream, validation = _streams(config, source, num_classes, _label_dropout(config, model))
+    classes = choose_classes(config, source.data, source.validation, model, base)
+    model, objective = _model_and_objective(config, source, classes.names, model, base)
+    stream, validation = _streams(config, source, classes, _label_dropout(config, model))
+    if config.best_by == "val" and validation is None:
+        raise DiffFitError("--best-by val needs validation data: give --val-path or --val-fraction; got neither")
     effective = config.replace(
-        image_size=source.data.image_size, vae=source.vae, num_classes=num_classes, objective=objective.name,
+        image_size=source.data.image_size, vae=source.vae, num_classes=len(classes.names), objective=objective.name,
         lr=config.learning_rate, max_steps=_total_steps(config, len(stream)), epochs=None,
         class_dropout_prob=stream.drop_prob,
     )  # fmt: skip
-    chosen = getattr(model, "classes", None) if config.ckpt is not None else None
-    classes = chosen.said if chosen is not None else ""
+    origin = "" if given else _origin(config, model)
     known = hasattr(model, "hidden_size")
     name = model_name(vars(model), objective.name) if known else config.model or type(model).__name__
+    if config.gradient_checkpointing:
+        _checkpoint_blocks(model)
     captured, how = choose_capture(config, device, model)
     model = model.to(device)
     if config.fsdp:
@@ -93,14 +99,13 @@ def assemble(
     if not parameters:
         raise DiffFitError("the model has no trainable parameter")
     mine = -(-config.global_batch_size // world.size)
-    workers, few = affordable_workers(config.num_workers * world.size, stream.batch_bytes(mine))
-    workers //= world.size
+    workers, few = affordable_workers(config.num_workers, stream.batch_bytes(mine), world.local_size)
     return Parts(
         config=effective, device=device, name=name, model=model, parameters=parameters, objective=objective,
-        forward=torch.compile(model) if config.compile else model, stream=stream, validation=validation,
-        space=source.decoder, class_names=names,
+        forward=torch.compile(model, dynamic=False) if config.compile else model, stream=stream, validation=validation,
+        space=source.decoder, class_names=classes.names, shown=classes.shown,
         total_steps=effective.max_steps, num_workers=workers, captured=captured,
-        notes=[note for note in (slow, how, classes, few, *_told(source)) if note],
+        notes=[note for note in (slow, how, origin, classes.said, few, *_told(source)) if note],
     )  # fmt: skip
 
 
@@ -112,6 +117,15 @@ def _told(source: Source) -> list[str]:
 
 
 # -- model and objective -----------------------------------------------------------------------------------------------
+
+
+def _origin(config: TrainConfig, model: nn.Module) -> str:
+    """Where the classes of a model that was made here start from, or that all of it starts from nothing."""
+    if config.ckpt is not None:
+        return model.classes.said
+    return (
+        f"no --ckpt: the model is trained from scratch, from seed {config.global_seed}" if trains_whole(model) else ""
+    )
 
 
 def _channels(config: TrainConfig, model: nn.Module | None, base: ModelFile | None) -> int | None:
@@ -126,13 +140,13 @@ def _model_and_objective(
 ) -> tuple[nn.Module, Objective]:
     """The model, as it was given or as the settings ask for it, and the loss that suits it."""
     dtype = DTYPES[config.precision]
-    config = config.replace(objective=objective_of(config, base))
+    config = config.replace(objective=objective_of(config, base, model))
     if model is None:
         model = build_model(
             config, channels=source.channels, input_size=source.size, num_classes=len(class_names), dtype=dtype, base=base,
             class_names=class_names,
         )  # fmt: skip
-    elif (own := _class_names(model)) and own != class_names:
+    elif (own := class_names_of(model)) and own != class_names:
         odd = next(i for i, (ours, theirs) in enumerate(zip(own, class_names, strict=True)) if ours != theirs)
         raise DiffFitError(
             f"class {odd} of the model is {own[odd]!r}, and class {odd} of the data is {class_names[odd]!r}"
@@ -148,10 +162,17 @@ def _model_and_objective(
     return model, Objective(config.objective, getattr(model, "learn_sigma", True), source.encoder, autocast)
 
 
-def _class_names(model: nn.Module) -> list[str] | None:
-    """The names of the classes that a model was made with, where it knows them."""
-    chosen = getattr(model, "classes", None)
-    return list(chosen.names) if isinstance(chosen, ClassRows) and chosen.names is not None else None
+def _checkpoint_blocks(model: nn.Module) -> None:
+    """Let every block be computed again in the backward pass, where that gives the same gradients."""
+    if not isinstance(model, DiT):
+        raise DiffFitError(f"--gradient-checkpointing is for models of this package, not for {type(model).__name__}")
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise DiffFitError(
+                "--gradient-checkpointing computes blocks twice, and expected the same both times, but "
+                f"blocks.{name} is random: {module}"
+            )
+    model.gradient_checkpointing = True
 
 
 def _shard(model: nn.Module, world: World) -> None:
@@ -169,12 +190,12 @@ def _shard(model: nn.Module, world: World) -> None:
 
 
 def _streams(
-    config: TrainConfig, source: Source, num_classes: int, drop_prob: float
+    config: TrainConfig, source: Source, classes: Classes, drop_prob: float
 ) -> tuple[TrainStream, ValidationStream | None]:
     """What is trained on, and the fixed set that the validation loss looks at, if there is to be one."""
     seed, count = config.global_seed, len(source.data)
     shape = (source.channels, source.size, source.size)
-    draws = {"null_class": num_classes, "encode": source.encoder is not None, "noise_shape": shape}
+    draws = {"null_class": len(classes.names), "encode": source.encoder is not None, "noise_shape": shape}
     indices, held = None, None
     if source.validation is not None:
         held = choose(len(source.validation), config.val_samples, seed)
@@ -183,11 +204,11 @@ def _streams(
             raise DiffFitError(f"--val-fraction needs at least two images; the data has {count}")
         indices, held = hold_out(count, config.val_fraction, seed)
         held = held[choose(len(held), config.val_samples, seed)]
-    stream = TrainStream(source.data, seed, drop_prob=drop_prob, indices=indices, **draws)
+    stream = TrainStream(source.data, seed, drop_prob=drop_prob, indices=indices, classes=classes.training, **draws)
     if held is None:
         return stream, None
     watched = source.validation if source.validation is not None else source.data
-    return stream, ValidationStream(watched, seed, drop_prob=0.0, indices=held, **draws)
+    return stream, ValidationStream(watched, seed, drop_prob=0.0, indices=held, classes=classes.validation, **draws)
 
 
 def _label_dropout(config: TrainConfig, model: nn.Module) -> float:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..data import ImageFolder, LatentSpace, PixelSpace, TrainingData, load_vae, open_data
 from ..data.shards import INDEX_FILE
@@ -84,33 +83,13 @@ def open_source(
     return Source(data, validation, vae, encoder, decoder, channels, size)
 
 
-def count_classes(config: TrainConfig, model: nn.Module | None, data: TrainingData) -> int:
-    """The classes of the model: its own number, or what the settings say, or those of the data; never fewer than these.
-
-    Raises:
-        DiffFitError: these contradict each other.
-    """
-    own = getattr(model, "num_classes", None)
-    if own is not None and config.num_classes is not None and own != config.num_classes:
-        raise DiffFitError(f"the model has {own} classes, but --num-classes is {config.num_classes}")
-    count = own or config.num_classes or data.num_classes
-    if count < data.num_classes:
-        raise DiffFitError(
-            f"the data has {data.num_classes} classes, more than the {count} of the model (--num-classes)"
-        )
-    return count
-
-
 def _open_validation(path: str, data: TrainingData) -> TrainingData:
     cached = (Path(path) / INDEX_FILE).is_file()
     where = {"feature_path": path} if cached else {"path": path}
     other = open_data(
         image_size=data.image_size, flip=False, class_names=data.class_names,
-        channels=data.channels if isinstance(data, ImageFolder) else 3, **where,
+        channels=1 if data.channels == 1 else 3, **where,
     )  # fmt: skip
-    if list(other.class_names) != list(data.class_names):
-        odd = sorted(set(other.class_names) ^ set(data.class_names)) or ["their order"]
-        raise DiffFitError(f"--val-path {path} has other classes than the training data: {odd[0]}")
     if (other.channels, other.size) != (data.channels, data.size):
         raise DiffFitError(
             f"--val-path {path} gives {other.channels} x {other.size} x {other.size} and the training data "

@@ -16,6 +16,7 @@ from ..errors import DiffFitError
 from ..models.base_hash import other_base
 from ..models.delta import read_delta, untrained_rows
 from ..models.header import read_header
+from .best import Best
 from .checkpoint import Checkpoint, CheckpointFolder
 from .ema import EMA, local
 from .generators import generators_state, seed_generators, set_generators_state
@@ -114,6 +115,23 @@ class RunState:
         """The same by the first process when its peers have gone, and their generators with them."""
         return self._write(folder, progress, self._pack(), [generators_state()])
 
+    def save_best(self, folder: CheckpointFolder, best: Best) -> Path | None:
+        """Write what one samples from as the best so far; returns where, on the process that wrote it, the first.
+
+        Raises:
+            DiffFitError: it cannot be written.
+        """
+        main = self.world.main
+        averages = {name: _whole(t) for name, t in self.ema.tensors.items()} if main or self.parts.config.fsdp else {}
+        if not main:
+            return None
+        self._check_finite({f"ema/{name}": t for name, t in averages.items()}, best.step, folder)
+        metadata = {**self._metadata(best.step), "val_loss": best.loss, "val_set": best.val_set}
+        try:
+            return folder.save_best(lambda path: write_output(self.parts.model, averages, path, metadata))
+        except OSError as error:
+            raise DiffFitError(f"cannot write the best so far, of step {best.step}: {error}") from error
+
     def _pack(self) -> dict[str, Tensor]:
         return pack(self.parts.parameters, self.ema, self.optimizer)
 
@@ -121,29 +139,36 @@ class RunState:
         self, folder: CheckpointFolder, progress: Progress, tensors: dict[str, Tensor], generators: list[Any]
     ) -> Path:
         averages = {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
+        info = {
+            "position": progress.position, "updates": self.ema.updates, "window": progress.window,
+            "generators": generators, "config": self.parts.config.to_dict(),
+        }  # fmt: skip
+        metadata = self._metadata(progress.step)
+        self._check_finite(tensors, progress.step, folder)
+        try:
+            return folder.save(
+                progress.step, lambda path: write_output(self.parts.model, averages, path, metadata), tensors, info
+            )
+        except OSError as error:
+            raise DiffFitError(f"cannot write the checkpoint of step {progress.step}: {error}") from error
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """What the file that one samples from says of itself."""
         parts, config = self.parts, self.parts.config
-        metadata = {
-            "class_names": parts.class_names, "step": progress.step, "image_size": config.image_size, "vae": config.vae,
+        return {
+            "class_names": parts.class_names, "step": step, "image_size": config.image_size, "vae": config.vae,
             "objective": config.objective, "method": config.method, "architecture": parts.name,
             "method_options": config.method_args or None,
         }  # fmt: skip
-        info = {
-            "position": progress.position, "updates": self.ema.updates, "window": progress.window,
-            "generators": generators, "config": config.to_dict(),
-        }  # fmt: skip
+
+    def _check_finite(self, tensors: Mapping[str, Tensor], step: int, folder: CheckpointFolder) -> None:
         name = first_non_finite(tensors)
         if name is not None:
             newest = folder.newest()
             kept = f"the checkpoint of step {newest.step} is kept" if newest else "there is no whole checkpoint"
             raise NonFiniteLossError(
-                f"{name} is not finite after step {progress.step}, which is not saved; {kept} in {folder.path.parent}"
+                f"{name} is not finite after step {step}, which is not saved; {kept} in {folder.path.parent}"
             )
-        try:
-            return folder.save(
-                progress.step, lambda path: write_output(parts.model, averages, path, metadata), tensors, info
-            )
-        except OSError as error:
-            raise DiffFitError(f"cannot write the checkpoint of step {progress.step}: {error}") from error
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -9,6 +9,8 @@ after a resume.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import multiprocessing.queues
 import os
@@ -24,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .._devices import usable_cpus
 from .._words import first_line
 from ..data.base import TrainingData, visit_rng, visit_seed
 from ..errors import DiffFitError
+from .config import DEFAULT_WORKERS
 
 # Tags that keep the streams of random numbers apart.
 _SHUFFLE, _DRAWS, _VALIDATION, _SPLIT = 0x5348, 0x4452, 0x5641, 0x5350
@@ -45,6 +49,7 @@ class TrainStream(Dataset):
         null_class: its index, ``num_classes``.
         indices: the part of the data to train on; all of it by default.
         encode: also draw the noise of a VAE sample (``"encode"``).
+        classes: the model's class for each label of the data; the label itself by default.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class TrainStream(Dataset):
         null_class: int,
         indices: np.ndarray | None = None,
         encode: bool = False,
+        classes: Sequence[int] | None = None,
     ) -> None:
         self.data = data
+        self.classes = classes
         self.seed = seed
         self.noise_shape = tuple(noise_shape)
         self.drop_prob = drop_prob
@@ -82,10 +89,18 @@ class TrainStream(Dataset):
         into["x"][row], label = self.data.load(index, visit_seed(self.seed, epoch, index))
         rng = visit_rng(visit_seed(self.seed, _DRAWS, position))
         into["u"][row] = rng.random()
-        into["y"][row] = self.null_class if rng.random() < self.drop_prob else label
+        into["y"][row] = self.null_class if rng.random() < self.drop_prob else self.class_of(label)
         _normal(rng, into["noise"][row])
         if self.encode:
             _normal(rng, into["encode"][row])
+
+    def class_of(self, label: int) -> int:
+        """The model's class that a label of the data means."""
+        if self.classes is None:
+            return label
+        if not 0 <= label < len(self.classes):
+            raise DiffFitError(f"the data names {len(self.classes)} classes, and has an image with the label {label}")
+        return self.classes[label]
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The samples at ``positions``: ``x`` (N, C, H, W), ``y`` (N,) long with dropped labels, ``u`` (N,) in [0, 1)
@@ -129,9 +144,19 @@ class ValidationStream(TrainStream):
     Timesteps are spread evenly over the samples (stratified), which takes most of the noise out of the comparison.
     """
 
+    @property
+    def hash(self) -> str:
+        """Which images these are, by number and, where they are files, by name, and which noise: losses on streams with the
+        same one can be compared."""
+        files = getattr(self.data, "files", None)
+        names = [str(files[i]) for i in self.indices] if files else len(self.data)
+        told = json.dumps([self.seed, self.indices.tolist(), names])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
     def load(self, position: int, into: Batch, row: int) -> None:
         index = int(self.indices[position])
-        into["x"][row], into["y"][row] = self.data.load(index, visit_seed(self.seed, _VALIDATION, index))
+        into["x"][row], label = self.data.load(index, visit_seed(self.seed, _VALIDATION, index))
+        into["y"][row] = self.class_of(label)
         rng = visit_rng(visit_seed(self.seed, _VALIDATION, position + (1 << 40)))
         # A multiplicative walk decouples the timestep from the class, which is sorted in a folder.
         n = len(self.indices)
@@ -254,32 +279,46 @@ def _cannot_hand_over(error: Exception, batch: Any) -> None:
     os._exit(1)
 
 
-# -- shared memory -----------------------------------------------------------------------------------------------------
+# -- how many workers --------------------------------------------------------------------------------------------------
 SHARED_MEMORY = "/dev/shm"
 _AHEAD = 2  # batches that the loader asks of every worker in advance
 
 
-def affordable_workers(wanted: int, batch_bytes: int) -> tuple[int, str | None]:
-    """How many workers can hand their batches over in the shared memory that is there, and what to say about it.
+def affordable_workers(wanted: int | None, batch_bytes: int, processes: int = 1) -> tuple[int, str | None]:
+    """How many workers a process has CPUs for, and shared memory to hand their batches over, and what to say about it.
 
-    Workers put whole batches there, two each at most, and one more is in use; containers often have 64 MB.
+    One CPU trains; where there is no other, a thread prepares the batches. Workers put whole batches into shared memory, two
+    each at most, and one more is in use; containers often have 64 MB of it.
+
+    Args:
+        wanted: workers of a process; None for the default, of which it is not said that there are too few CPUs.
+        batch_bytes: what a batch of a process takes.
+        processes: that train on this machine.
     """
+    count = DEFAULT_WORKERS if wanted is None else wanted
+    cpus = usable_cpus()
+    by_cpus = min(count, max(0, cpus // processes - 1))
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:  # a system that does it some other way
-        return wanted, None
-    count = min(wanted, max(0, free // max(1, batch_bytes) - 1) // _AHEAD)
-    if count == wanted:
-        return wanted, None
-    how = (
-        f"{count} data workers instead of {wanted}"
-        if count
-        else f"a thread of this process instead of {wanted} data workers"
-    )
-    return count, (
-        f"{how}: {SHARED_MEMORY} has {free / 2**20:.0f} MB free, and a batch takes {batch_bytes / 2**20:.1f} "
-        "(docker run --shm-size, or --ipc=host, gives more)"
-    )
+        by_memory = count
+    else:
+        by_memory = min(count, max(0, free // max(1, batch_bytes) - processes) // (_AHEAD * processes))
+    if by_memory < by_cpus:
+        return by_memory, (
+            f"{_instead(by_memory, count)}: {SHARED_MEMORY} has {free / 2**20:.0f} MB free, and a batch takes "
+            f"{batch_bytes / 2**20:.1f} (docker run --shm-size, or --ipc=host, gives more)"
+        )
+    if wanted is None or by_cpus == wanted:
+        return by_cpus, None
+    of = f"of {cpus} CPU(s) training takes one" if processes == 1 else f"{processes} processes train on {cpus} CPUs"
+    return by_cpus, f"{_instead(by_cpus, wanted)}: {of}"
+
+
+def _instead(count: int, wanted: int) -> str:
+    if count:
+        return f"{count} data workers instead of {wanted}"
+    return f"a thread of this process instead of {wanted} data workers"
 
 
 def _one_thread_ahead(stream: TrainStream, positions: _Positions, pin_memory: bool) -> Iterator[Batch]:

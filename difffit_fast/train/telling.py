@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .._processes import World
 from ..data.base import TrainingData
+from .best import Best
 from .runs import Start
 from .setup import Parts
 from .track import Tracker
@@ -31,11 +32,15 @@ def introduce(tracker: Tracker, parts: Parts, world: World, start: Start, folder
     )
 
 
-def say_farewell(tracker: Tracker, data: TrainingData, step: int, number: int) -> None:
-    """What could not be read, and how the run ended: by signal ``number``, or as it should (0)."""
+def say_farewell(
+    tracker: Tracker, data: TrainingData, step: int, number: int, best: Best | None, best_path: Path
+) -> None:
+    """What could not be read, which step is the best, and how the run ended: by signal ``number``, or as it should (0)."""
     report = getattr(data, "report", list)()
     if report:
         tracker.say(f"{len(report)} unreadable images were passed over, the first: {report[0].file}")
+    if best is not None:
+        tracker.say(f"The smallest validation loss is {best.loss:.4f}, of step {best.step}: {best_path}")
     if number:
         name = signal.Signals(number).name
         tracker.say(f"Stopped by {name} after step {step}; --resume auto goes on from there")

@@ -29,27 +29,31 @@ class Tracker:
     """The voice of a run. ``folder`` None: a process that keeps quiet (all but the first).
 
     Args:
-        resumed_at: the step that the run goes on from; later lines of ``metrics.jsonl`` are cut off.
+        resumed_at: the step that the run goes on from, None for one that begins; later lines of ``metrics.jsonl`` are cut
+            off.
     """
 
-    def __init__(self, folder: Path | None, config: TrainConfig, resumed_at: int, total_steps: int) -> None:
+    def __init__(self, folder: Path | None, config: TrainConfig, resumed_at: int | None, total_steps: int) -> None:
         self.quiet = folder is None
         self._bar: tqdm | None = None
         self._files: list[IO[str]] = []
         self._board = self._wandb = None
         if folder is None:
             return
-        _cut_metrics(folder / METRICS_FILE, resumed_at)
+        last = -1 if resumed_at is None else resumed_at  # what is looked at before the first step stands at step 0
+        _cut_metrics(folder / METRICS_FILE, last)
         self._log = open(  # noqa: SIM115 (open for the run)
             folder / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace", buffering=1
         )
         self._metrics = open(folder / METRICS_FILE, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._files = [self._log, self._metrics]
         if config.progress:
-            self._bar = tqdm(total=total_steps, initial=resumed_at, unit="step", dynamic_ncols=True, smoothing=0.05)
+            self._bar = tqdm(
+                total=total_steps, initial=resumed_at or 0, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
         if config.tensorboard:
             module = require("torch.utils.tensorboard", "track", "--tensorboard")
-            self._board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+            self._board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
         if config.wandb:
             module = require("wandb", "track", "--wandb")
             self._wandb = module.init(

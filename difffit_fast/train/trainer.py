@@ -22,6 +22,7 @@ from .._devices import choose_device
 from .._processes import LostProcessError, World
 from ..data.base import TrainingData
 from ..errors import DiffFitError
+from .best import Best, improves, take_up
 from .checkpoint import CheckpointFolder
 from .config import TrainConfig
 from .ema import EMA
@@ -41,13 +42,14 @@ from .track import Tracker, open_trackers
 @dataclass
 class TrainResult:
     """What a run left: its folder, the last step, the delta written there, the mean loss since the last line of the
-    log, and the signal that ended it early (0: none)."""
+    log, the signal that ended it early (0: none), and the file of the smallest validation loss, where it was to be kept."""
 
     folder: Path
     step: int
     delta: Path
     loss: float
     signal: int = 0
+    best: Path | None = None
 
 
 class Trainer:
@@ -116,6 +118,7 @@ class Trainer:
         self.interrupt = Interrupt()
         self.step = 0
         self.position = 0  # samples seen
+        self.best: Best | None = None  # where it is kept
         self._saved = -1  # the step whose checkpoint holds the state as it is; it is not written twice
         self._lock: RunLock | None = None
         self._begun = False
@@ -140,12 +143,14 @@ class Trainer:
             if self.world.main:
                 warnings.warn(f"{folder} is finished already, at step {self.step}; nothing to do", stacklevel=2)
             self.world.leave()
-            return TrainResult(folder, self.step, start.checkpoint.delta, math.nan)
+            best = CheckpointFolder(start.checkpoint.delta.parent).best_path
+            kept = best if self.config.best_by == "val" and best.is_file() else None
+            return TrainResult(folder, self.step, start.checkpoint.delta, math.nan, best=kept)
         self._enter(start, window)
         try:
             introduce(self.tracker, self.parts, self.world, start, self.folder)
             with self.interrupt, label_dropout_off(self.model):
-                self._loop()
+                self._loop(begins=start.checkpoint is None)
         except LostProcessError as error:
             raise self._rescue(error) from error
         finally:
@@ -154,8 +159,8 @@ class Trainer:
             if self._lock is not None:
                 self._lock.release()
             self.world.leave()
-        delta = self.checkpoints.delta_path(self.step)
-        return TrainResult(self.folder, self.step, delta, self.readback.last_loss(), self.interrupt.number)
+        delta, best = self.checkpoints.delta_path(self.step), self.checkpoints.best_path if self.best else None
+        return TrainResult(self.folder, self.step, delta, self.readback.last_loss(), self.interrupt.number, best)
 
     def _enter(self, start: Start, window: list[float]) -> None:
         """Make or take up the run's folder; from here on the run writes."""
@@ -164,8 +169,11 @@ class Trainer:
         if self.world.main:
             self.checkpoints.sweep()
             self.config.save(self.folder / CONFIG_FILE)  # of the newest part of the run
+        if self.config.best_by == "val":
+            self.best = self.world.main_first(lambda: take_up(start, self.checkpoints, self.validation.hash))
         folder = self.folder if self.world.main else None
-        self.tracker = Tracker(folder, self.config, self.step, self.parts.total_steps)
+        resumed_at = None if start.checkpoint is None else self.step
+        self.tracker = Tracker(folder, self.config, resumed_at, self.parts.total_steps)
         self.readback = Readback(
             self.config, self.world, self.interrupt, self.checkpoints, window, self._tell_loss, self._blame
         )
@@ -175,9 +183,11 @@ class Trainer:
         self._lock = RunLock(folder)
         return folder
 
-    def _loop(self) -> None:
+    def _loop(self, begins: bool) -> None:
         config, total = self.config, self.parts.total_steps
         self.model.train()
+        if begins:
+            self._keep_if_best(self.looks.validate(0, self.tracker))
         self.pace = Pace(self.step)
         source = batches(
             self.stream, self.position, total - self.step, config.global_batch_size, rank=self.world.rank,
@@ -191,13 +201,15 @@ class Trainer:
                 if self.step % config.log_every == 0:
                     self._log()
                 with self.pace.stopped():
-                    self.looks(self.step, self.folder, self.tracker)
+                    self._keep_if_best(self.looks(self.step, self.folder, self.tracker))
                 if self.step % config.ckpt_every == 0:
                     self._save()
         self.readback.catch_up()
         if self._saved != self.step:
             self._save()
-        say_farewell(self.tracker, self.stream.data, self.step, self.interrupt.number)
+        say_farewell(
+            self.tracker, self.stream.data, self.step, self.interrupt.number, self.best, self.checkpoints.best_path
+        )
 
     def _fetch(self, source: Iterator[Batch]) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in next(source).items()}
@@ -218,6 +230,14 @@ class Trainer:
         path = self.state.save(self.checkpoints, self._progress())
         self._saved = self.step
         self.tracker.say(f"Saved checkpoint to {path}")
+
+    def _keep_if_best(self, val_loss: float | None) -> None:
+        if self.config.best_by != "val" or val_loss is None or not improves(val_loss, self.best):
+            return
+        self.readback.catch_up()  # never weights after a loss that is not a number
+        self.best = Best(self.step, val_loss, self.validation.hash)
+        path = self.state.save_best(self.checkpoints, self.best)
+        self.tracker.say(f"(step={self.step:07d}) The smallest validation loss so far: weights in {path}")
 
     def _rescue(self, error: LostProcessError) -> LostProcessError:
         """A peer is gone. The first process still holds the state after the last whole step."""
@@ -252,7 +272,7 @@ class Trainer:
         loss, rate = self.readback.close_window(), self.pace.rate(self.step)
         self.tracker.say(f"(step={self.step:07d}) Train Loss: {loss:.4f}, Train Steps/Sec: {rate:.2f}")
         self.tracker.numbers(
-            self.step, loss=loss, lr=self.optimizer.param_groups[0]["lr"], epoch=self.position / len(self.stream),
-            images_per_second=rate * self.config.global_batch_size,
+            self.step, loss=loss, lr=self.optimizer.param_groups[0]["lr"], grad_norm=self.readback.grad_norm,
+            epoch=self.position / len(self.stream), images_per_second=rate * self.config.global_batch_size,
         )  # fmt: skip
         self.pace.restart(self.step)

@@ -1,0 +1,75 @@
+"""Which runs experiments/glyphs/domains.py consists of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from reporting import Results
+
+Spec = dict[str, Any]
+Chosen = dict[tuple[str, str], tuple[float, int]]  # (method, images shown) -> rate, steps
+
+
+def key_of(spec: Spec) -> str:
+    """A readable name of a run that ends in a digest of all its settings."""
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:10]
+    rate = f"{spec['lr']:g}" if spec["steps"] else "none"
+    return f"{spec['domain']}/{spec['shown']}/{spec['name']}/{rate}x{spec['steps']}/seed{spec['seed']}/{digest}"
+
+
+def make_spec(
+    plan: Spec, base: str, name: str, domain: str, shown: int | str, seed: int, lr: float, steps: int
+) -> Spec:
+    """The whole configuration of one run that is measured in full; ``base`` is the SHA-256 of the base's file."""
+    method = plan["methods"].get(name, {"method": "class_embedding"})
+    return {
+        "base": base, "domain": domain, "shown": shown, "seed": seed, "name": name, "method": method["method"],
+        "options": method.get("options", {}), "lr": lr, "steps": steps, "batch": plan["batch"], "sampling": plan["sampling"],
+        "looks": [],
+    }  # fmt: skip
+
+
+def tuning_specs(plan: Spec, base: str) -> Iterator[Spec]:
+    """The runs that choose rate and length; they are not sampled from."""
+    tuning = plan["tuning"]
+    for shown in tuning["shown"]:
+        for name, method in plan["methods"].items():
+            for lr in method["rates"] if method.get("care") != "none" else ():
+                spec = make_spec(plan, base, name, tuning["domain"], shown, tuning["seed"], lr, max(plan["steps"]))
+                yield {**spec, "sampling": None, "looks": plan["steps"]}
+
+
+def chosen(plan: Spec, base: str, results: Results) -> Chosen:
+    """Rate and length of each method and number of images whose tuning is complete."""
+    losses: dict[tuple[str, str], dict[tuple[float, int], float]] = {}
+    for spec in tuning_specs(plan, base):
+        if run := results.runs.get(key_of(spec)):
+            found = losses.setdefault((spec["name"], str(spec["shown"])), {})
+            found |= {(spec["lr"], step): loss for step, loss in run["curve"] if step in plan["steps"]}
+    best: Chosen = {}
+    for (name, shown), found in losses.items():
+        if len(found) == len(plan["methods"][name]["rates"]) * len(plan["steps"]):
+            best[name, shown] = min(found, key=found.__getitem__)
+    for name, method in plan["methods"].items():
+        if method.get("care") == "none":
+            best |= {(name, str(shown)): (method["rates"][0], plan["default_steps"]) for shown in plan["shown"]}
+    return best
+
+
+def comparison_specs(plan: Spec, base: str, best: Chosen) -> Iterator[Spec]:
+    """Every method on every domain, seed by seed, so that an interrupted series is complete for the seeds it has."""
+    for seed in plan["seeds"]:
+        for shown in plan["shown"]:
+            for domain in plan["domains"]:
+                yield make_spec(plan, base, "none", domain, shown, seed, 0.0, 0)
+                for name in plan["methods"]:
+                    if (name, str(shown)) in best:
+                        yield make_spec(plan, base, name, domain, shown, seed, *best[name, str(shown)])
+        for family in plan["halves"]:
+            yield make_spec(plan, base, "none", f"half of {family}", "half", seed, 0.0, 0)
+            for name in plan["methods"]:
+                if (name, "20") in best:  # 26 letters are about as many
+                    yield make_spec(plan, base, name, f"half of {family}", "half", seed, *best[name, "20"])
