@@ -560,7 +560,8 @@ def test_quantised_dynamically() -> None:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("needs fbgemm")
     plain, fast = (torch.ao.quantization.quantize_dynamic(model, {nn.Linear}) for model in models())
-    assert torch.equal(output(fast), output(plain))
+    with pytest.warns(UserWarning, match=rf"t_embedder.mlp.0 is another module now, torch Linear: {CHANGED}"):
+        assert torch.equal(output(fast), output(plain))
     with pytest.raises(DiffFitError, match=r"cannot be merged: t_embedder.mlp.0 is another module now, torch "):
         fast.merge()
 
@@ -600,7 +601,7 @@ def test_lora(more: dict[str, Any]) -> None:
     before = output(fast)
     config = lora(**more)
     a, b = adapted(config, plain, fast)
-    with pytest.warns(UserWarning, match=rf"attn.qkv is another module now, peft Linear: {CHANGED}"):
+    with pytest.warns(UserWarning, match=rf"is another module now, peft (Linear|ModulesToSaveWrapper): {CHANGED}"):
         same(b, a)
     assert (output(b) - before).norm() > 0.1 * before.norm(), "it has an effect"
     assert sum("lora_" in name for name in gradients(b)) >= 16
@@ -724,7 +725,7 @@ def test_averages() -> None:
             p.data.add_(0.1 * torch.randn_like(p))
         average.update_parameters(model)
     same(averages[1].module, averages[0].module)
-    ema = copy.deepcopy(fast).requires_grad_(False)
+    ema = copy.deepcopy(fast)
     for (name, p), q in zip(ema.named_parameters(), fast.parameters(), strict=True):
         p.data.lerp_(q.data, 0.5) if fast.difffit.trains(name) else None
     one_model(ema, plain)

@@ -161,7 +161,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             if not torch.compiler.is_compiling() and change != self._said:
                 self._said = change
                 warnings.warn(
-                    f"{change}: the modules are called one by one, with a plain DiT's numbers and speed", stacklevel=3
+                    f"{change}: the modules are called one by one, with a plain DiT's numbers and speed", stacklevel=4
                 )
             return self._by_modules(x, t, y, dtype)
         if transformed():
