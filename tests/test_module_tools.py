@@ -716,6 +716,60 @@ def test_compiled_sees_what_is_replaced() -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_asks_again_after_a_change() -> None:
+    """A frozen weight that is to train, a forward of its own, adapters: as eager, also after compilation."""
+    peft = pytest.importorskip("peft")
+    torch._dynamo.reset()
+    _, fast = models()
+    compiled = torch.compile(fast, backend="eager")
+    gradients(compiled)
+    fast.blocks[0].mlp.fc1.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="frozen"):
+        gradients(compiled)
+    fast.blocks[0].mlp.fc1.weight.requires_grad_(False)
+    gradients(compiled)
+
+    plain, fast = models()
+    compiled = torch.compile(fast, backend="eager")
+    same(compiled, plain, grads=False)
+    for model in (plain, fast):
+        torch.manual_seed(4)
+        config = peft.LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(compiled, plain, grads=False)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_a_sit_called_one_by_one_is_one(objective: str) -> None:
+    plain = shake(PlainDiffFitDiT(**SIZES, objective=objective)).eval()
+    fast = FastDiffFitDiT(**SIZES, objective=objective).eval()
+    fast.load_state_dict(plain.state_dict())
+    for model in (plain, fast):
+        model.blocks[0].mlp.act = nn.ReLU()
+    with pytest.warns(UserWarning, match=CHANGED):
+        same(fast, plain)
+    assert output(fast).shape[1] == (4 if objective == "flow" else 8)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_foreign_parts_beside_a_plain_dit(assign: bool, inside: bool) -> None:
+    """As REPA saves them; where the model is a part of another module, too."""
+    dit = shake(DiT(**SIZES))
+    state = {**dit.state_dict(), "projectors.0.weight": torch.ones(2)}
+    fast = FastDiffFitDiT(**SIZES)
+    module = nn.Sequential(fast) if inside else fast
+    with pytest.warns(UserWarning, match="projectors of REPA are left out"):
+        result = module.load_state_dict({("0." if inside else "") + k: v for k, v in state.items()}, assign=assign)
+    assert not result.unexpected_keys and not result.missing_keys
+    x, t, y = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(fast.eval()(x, t, y), dit.eval()(x, t, y), rtol=1e-4, atol=1e-4)
+
+
 def test_averages() -> None:
     plain, fast = models()
     averages = [torch.optim.swa_utils.AveragedModel(model) for model in (plain, fast)]
