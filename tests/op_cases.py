@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from optest import BF16, F16, F32, KERNEL_SLACK, close, draw
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difffit_fast.ops.adaln import adaln
@@ -26,6 +26,8 @@ from difffit_fast.ops.frozen_linear import frozen_linear
 from difffit_fast.ops.frozen_mlp import frozen_mlp
 from difffit_fast.ops.modulation import modulation
 from difffit_fast.ops.residual import residual, residual_adaln
+from difffit_fast.ops.stacked import stacked_linear, stacked_matvec
+from difffit_fast.ops.weights import lay_together
 
 EPS = 1e-6
 HEADS = 3
@@ -46,6 +48,14 @@ def true_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     y = true_residual(x, branch, gate, bias)
     return y, true_adaln(y, scale, shift)
+
+
+def true_stacked_linear(x: Tensor, *weights: Tensor) -> Tensor:
+    return x @ torch.cat(weights).t()
+
+
+def true_stacked_matvec(v: Tensor, *weights: Tensor) -> Tensor:
+    return torch.einsum("lk,lnk->ln", v, torch.stack(weights))
 
 
 def true_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
@@ -107,6 +117,17 @@ def residual_inputs(vectors: int, size: Size, stream: torch.dtype, branch: torch
 def linear_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
     b, t, k, n = size
     return [draw(b, t, k, dtype=branch), draw(n, k, dtype=branch), draw(n, dtype=F32)]
+
+
+def stacked_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    """Weights of several heights."""
+    m, k, n = size
+    return [draw(m, k, dtype=branch), *(draw(rows, k, dtype=branch) for rows in (n, n, 2 * n))]
+
+
+def matvec_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    _, k, n = size
+    return [draw(3, k, dtype=branch), *(draw(n, k, dtype=branch) for _ in range(3))]
 
 
 def mlp_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
@@ -224,6 +245,18 @@ def linear_calls(inputs: list[Tensor]) -> Calls:
     return [("frozen_linear", (x, weight, bias)), ("frozen_linear", (x, weight, None)), *backward]
 
 
+def stacked_calls(name: str, inputs: list[Tensor]) -> Calls:
+    x, *weights = inputs
+    together = [nn.Parameter(w.detach().clone(), requires_grad=False) for w in weights]
+    lay_together(together)
+    op = getattr(torch.ops.difffit_fast, name)
+    calls: Calls = []
+    for given in (weights, together, [w.double() for w in weights]):
+        dy = torch.ones_like(op(x, given)[0]).detach()
+        calls += [(name, (x, given)), (f"{name}_backward", (dy, given))]
+    return calls
+
+
 def mlp_calls(inputs: list[Tensor]) -> Calls:
     _, w1, _, w2 = inputs
     branch, u = torch.ops.difffit_fast.frozen_mlp(*inputs)
@@ -290,6 +323,18 @@ CASES = [
         sizes=((1, 1, 72, 40), (2, 77, 72, 100), (0, 4, 72, 40), (3, 37, 100, 1)), triton=((2, 5, 72, 40), (0, 4, 72, 40)),
         gpu=((1, 1, 72, 40), (2, 256, 1152, 4608), (0, 4, 72, 40)), small=(2, 5, 72, 40),
         roundings_gpu={F32: 4, BF16: 3, F16: 3},
+    ),
+    *(
+        Case(
+            name, lambda x, *weights, op=op: op(x, weights), truth, make, (True, False, False, False),
+            functools.partial(stacked_calls, name),
+            sizes=((1, 72, 40), (5, 100, 24), (0, 72, 40)), triton=((2, 72, 40),), gpu=((1, 72, 40), (32, 1152, 6912)),
+            small=(5, 72, 40), roundings_gpu={F32: 4, BF16: 3, F16: 3},
+        )
+        for name, op, truth, make in (
+            ("stacked_linear", stacked_linear, true_stacked_linear, stacked_inputs),
+            ("stacked_matvec", stacked_matvec, true_stacked_matvec, matvec_inputs),
+        )
     ),
     Case(
         "frozen_mlp", frozen_mlp, true_mlp, mlp_inputs, (True, False, True, False), mlp_calls,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .difffit import is_extra
 from .dit import DiT
 
 
@@ -38,12 +39,16 @@ def merge(model: DiT, dtype: torch.dtype = torch.float32) -> DiT:
 
     Frozen weights held in bfloat16 come out as those bfloat16 values: to merge without that rounding, load the base with
     ``compute_dtype=None``.
+
+    Raises:
+        DiffFitError: the model's modules have been made into something else, or are without values.
     """
+    model.as_built.check_whole("the model cannot be merged")
     device = model.pos_embed.device
     with torch.device("meta"):
         dit = DiT(**model.config, objective=model.objective)
     dit = dit.to(dtype).to_empty(device=device)
-    own = {name: p for name, p in model.state_dict().items() if ".gamma" not in name and ".norm" not in name}
+    own = {name: p for name, p in model.state_dict().items() if not is_extra(name)}
     dit.load_state_dict(own)
     for merged, block in zip(dit.blocks, model.blocks, strict=True):
         _scale_rows(merged.attn.qkv, block.attn.gamma1)
