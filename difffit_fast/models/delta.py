@@ -95,6 +95,8 @@ def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         raise DiffFitError(f"{path} cannot be used as a delta: {error}") from error
     if header.get("kind") != "delta":
         raise DiffFitError(f"{path} is not a delta of difffit_fast: its metadata does not say so")
+    if header.get("model_class") is not None:
+        raise DiffFitError(f"{path} is a delta of a {header['model_class']}; apply_difffit's load_delta reads it")
     if missing := [key for key in ("config", "difffit", "base_hash", "pos_embed_scale") if header.get(key) is None]:
         raise DiffFitError(f"{path} cannot be used: its metadata lacks {missing[0]}")
     if missing := sorted({f.name for f in dataclasses.fields(DiffFitConfig)} - set(header["difffit"])):
@@ -191,7 +193,12 @@ def put_trainables(model: torch.nn.Module, tensors: Mapping[str, Tensor], source
         DeltaMismatchError: a name is missing or not trained by this model, or a shape differs.
         DiffFitError: a tensor is not of floating numbers, or not finite.
     """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    copy_into({name: p for name, p in model.named_parameters() if p.requires_grad}, tensors, source)
+
+
+@torch.no_grad()
+def copy_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into the trainables ``own``; errors as for :func:`put_trainables`."""
     if odd := sorted(set(own) ^ set(tensors)):
         where = "is missing from the file" if odd[0] in own else "is not trained by this model"
         raise DeltaMismatchError(f"{source} does not fit: {odd[0]} {where}")
