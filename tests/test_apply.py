@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from difffit_fast import DiffFitConfig, DiffFitError, DiT, FastDiffFitDiT, apply_difffit
 from difffit_fast.apply.families import FAMILIES
-from difffit_fast.apply.modules import FrozenLinear, FrozenScaledLinear, ScaledConv2d
+from difffit_fast.apply.modules import FrozenLinear, FrozenScaledLinear, GeluReading, ScaledConv2d
 from difffit_fast.errors import DeltaMismatchError
 
 NAMES = sorted(zoo.ZOO)
@@ -389,6 +389,25 @@ def test_frozen_linears_keep_nothing_but_their_weight() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         linear(torch.randn(2, 5, 48, requires_grad=True))
     assert [t.data_ptr() for t in saved] == [linear.weight.data_ptr()]
+
+
+def test_hooks_on_the_linear_of_a_gelu_fire() -> None:
+    """The module around it computes both in one operation, unless something looks on."""
+    model, arguments = applied(ONE, moved=0.1), zoo.inputs(ONE)
+    gelu = model.transformer_blocks[0].ff.net[0]
+    assert isinstance(gelu, GeluReading) and type(gelu).__name__ == "GELU"
+    want, seen = run(model, arguments), []
+    before = gelu.proj.register_forward_pre_hook(lambda *_: seen.append("before"))
+    after = gelu.proj.register_forward_hook(lambda *_: seen.append("after"))
+    assert torch.equal(run(model, arguments), want) and seen == ["before", "after"]
+    before.remove()
+    after.remove()
+    back = gelu.proj.register_full_backward_hook(lambda *_: seen.append("back"))
+    gradients(model, {}, arguments)
+    assert seen.pop() == "back"
+    back.remove()
+    gelu.proj.forward = lambda x: seen.append("instead") or type(gelu.proj).forward(gelu.proj, x)
+    assert torch.equal(run(model, arguments), want) and seen.pop() == "instead"
 
 
 def test_a_frozen_weight_that_wants_a_gradient_is_an_error() -> None:

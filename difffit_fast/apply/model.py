@@ -17,8 +17,8 @@ from ..models.difffit import DiffFitConfig
 from ..models.dit import DiT
 from .delta import base_hash, delta_header, put_delta, write_delta
 from .merging import held_modules, merge_modules, put_back
-from .modules import Held, Reading, adapted
-from .plan import BASE, Fold, Plan, Site, class_for, first_values, is_linear, make_plan
+from .modules import GeluReading, Held, Reading, adapted
+from .plan import BASE, Fold, Plan, Site, class_for, first_values, is_gelu, is_linear, make_plan
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "PeftModel")
 
@@ -252,7 +252,7 @@ def _insert(model: nn.Module, plan: Plan) -> None:
     made: dict[tuple[str, str] | int, nn.Parameter] = {}  # by place, and by what they begin as: shared stays shared
     for path, module in list(model.named_modules()):
         site = plan.sites.get(path) or Site(path, module)
-        if not (site.values or is_linear(module) or module is model):
+        if not (site.values or is_linear(module) or is_gelu(module) or module is model):
             continue
         held = Held(type(module))
         for name, begin in site.values.items():
@@ -266,7 +266,7 @@ def _insert(model: nn.Module, plan: Plan) -> None:
                 made |= dict.fromkeys(keys, p)
             module._parameters[name] = p
             held.dtypes[name] = like.dtype
-        how = Reading
+        how = GeluReading if is_gelu(module) else Reading
         if module is model:
             how = DiffusersModel if hasattr(type(module), "save_pretrained") else DiffFitModel
         cls = class_for(module, "gamma" in site.values)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._register import frozen_weight_error
+from ..ops.frozen_gelu import frozen_gelu
 from ..ops.frozen_linear import frozen_linear
 
 PLAIN = (Tensor, nn.Parameter)
@@ -114,21 +115,36 @@ def adapted(cls: type, how: type, names: tuple[str, ...]) -> type:
     return type(cls.__name__, (how, cls), body)
 
 
+def _operands(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the frozen weight of a linear, as they are to be multiplied.
+
+    Raises:
+        RuntimeError: the weight is to be trained.
+    """
+    weight = module._parameters["weight"]
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise frozen_weight_error("the weight of a linear layer")
+    # Detached: what is kept for the backward pass stays what it is when a tool that offloads puts other data into the
+    # parameter meanwhile.
+    weight = weight.detach()
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), weight.to(dtype)
+    return x, weight
+
+
 def _linear(module: Any, x: Tensor) -> Tensor:
-    """γ·(x·Wᵀ + b) with a frozen W; the sums of products are those of ``F.linear``."""
-    weight, bias, gamma = module._parameters["weight"], module._difffit_value("bias"), module._difffit_value("gamma")
-    if type(weight) not in PLAIN:  # quantised or sharded: it knows best how to multiply itself
-        y = F.linear(x, weight, module.bias)
-    else:
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise frozen_weight_error("the weight of a linear layer")
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        # Detached: what is kept for the backward pass stays what it is when a tool that offloads puts other data into the
-        # parameter meanwhile.
-        y = frozen_linear(x, weight.detach(), bias)
-    return y if gamma is None else (y * gamma).to(y.dtype)
+    """γ·(x·Wᵀ + b) with a frozen W, bit for bit the product of ``F.linear`` where that is made in float32."""
+    bias, gamma = module._difffit_value("bias"), module._difffit_value("gamma")
+    if type(module._parameters["weight"]) not in PLAIN:  # quantised or sharded: it knows best how to multiply itself
+        y = F.linear(x, module._parameters["weight"], module.bias)
+        return y if gamma is None else (y * gamma).to(y.dtype)
+    x, weight = _operands(module, x)
+    if gamma is None and x.element_size() >= 4:
+        # PyTorch's own keeps nothing but the weight either and sums the bias gradient in float32; Python in the backward
+        # pass costs more than it could save there.
+        return F.linear(x, weight, bias)
+    return frozen_linear(x, weight, bias, gamma)
 
 
 class FrozenLinear(nn.Linear):
@@ -166,3 +182,23 @@ class ScaledConv2d(nn.Module):
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
         gamma = self._difffit_value("gamma")  # type: ignore[operator]
         return y if gamma is None else (y * gamma[:, None, None]).to(y.dtype)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether something is to happen when ``module`` is called, beside its own forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__  # the latter: tools that offload
+
+
+class GeluReading(Reading):
+    """For a module of diffusers that is a linear ``proj`` and the tanh GELU: both in one operation."""
+
+    proj: FrozenLinear
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in) -> (..., out); by way of ``proj`` itself where it is not what it was, or has hooks."""
+        proj = self.proj
+        plain = isinstance(proj, FrozenLinear) and type(proj._parameters["weight"]) in PLAIN
+        if not plain or _hooked(proj):
+            return super().forward(hidden_states)  # type: ignore[misc]
+        return frozen_gelu(*_operands(proj, hidden_states), proj._difffit_value("bias"))

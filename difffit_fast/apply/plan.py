@@ -93,6 +93,13 @@ def is_conv(module: nn.Module) -> bool:
     return class_of(module) is nn.Conv2d and is_plain(module._parameters["weight"]) and module.padding_mode == "zeros"
 
 
+def is_gelu(module: nn.Module) -> bool:
+    """Whether this is the class of diffusers that is a linear ``proj`` and the tanh GELU behind it."""
+    if class_of(module).__name__ != "GELU" or getattr(module, "approximate", None) != "tanh":
+        return False
+    return is_linear(getattr(module, "proj", None) or module)
+
+
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of ``model`` by path, without what PEFT has added."""
     modules: dict[str, nn.Module] = {}
@@ -252,11 +259,11 @@ def _modulated(
 ) -> Iterator[tuple[str, str, Pairs]]:
     holder = HOLDERS.get(type(module).__name__)
     if holder is not None:
-        norm, linear, by_chunks = (f"{path}.{holder[0]}", f"{path}.{holder[1]}", holder[2])
-        shape = getattr(modules[norm], "normalized_shape", (1,))
-        pairs = by_chunks.get(modules[linear].out_features // shape[0])
-        if pairs:
-            yield norm, linear, pairs
+        norm, linear = f"{path}.{holder[0]}", f"{path}.{holder[1]}"
+        if isinstance(modules.get(norm), nn.LayerNorm) and linear in modules and is_linear(modules[linear]):
+            chunks = modules[linear].out_features // modules[norm].normalized_shape[0]
+            if chunks in holder[2]:
+                yield norm, linear, holder[2][chunks]
     for row in family.modulated:
         if match := re.fullmatch(re.escape(row.norm).replace(r"\*", r"([^.]+)"), path):
             linear = _filled(row, match.groups())
