@@ -22,6 +22,7 @@ from difffit_fast.cli import main
 from difffit_fast.errors import DeltaMismatchError
 from difffit_fast.interop import export_lora, export_peft
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComfyUI passes over")
 NAMES = sorted(zoo.ZOO)
 NO_BIAS = ("Flux2Transformer2DModel", "AuraFlowTransformer2DModel")  # a bias would be added, which has no place
 
@@ -130,7 +131,13 @@ def test_comfyui_reads_the_merged_model(tmp_path: Path, name: str, preset: str) 
 # Every class whose trainables are biases, γ and LayerNorms under this configuration.
 @pytest.mark.parametrize("name", NAMES)
 def test_lycoris_reads_the_merged_model_or_it_is_refused(tmp_path: Path, name: str) -> None:
-    config = DiffFitConfig(gamma=("proj", "mlp"), affine_norm=False, class_embedding=False, bias=name not in NO_BIAS, time_embedder_bias=False)
+    config = DiffFitConfig(
+        gamma=("proj", "mlp"),
+        affine_norm=False,
+        class_embedding=False,
+        bias=name not in NO_BIAS,
+        time_embedder_bias=False,
+    )
     base, merged = trained(name, tmp_path / "delta.safetensors", config)
     try:
         export_lora(base, tmp_path / "delta.safetensors", tmp_path / "lora.safetensors", layout="lycoris")
@@ -143,13 +150,22 @@ def test_lycoris_reads_the_merged_model_or_it_is_refused(tmp_path: Path, name: s
 
 def test_gamma_alone_is_a_length_of_rows(tmp_path: Path) -> None:
     name = "SD3Transformer2DModel"
-    config = DiffFitConfig(gamma=("mlp",), affine_norm=False, class_embedding=False, bias=False, time_embedder_bias=False)
+    config = DiffFitConfig(
+        gamma=("mlp",), affine_norm=False, class_embedding=False, bias=False, time_embedder_bias=False
+    )
     base, merged = trained(name, tmp_path / "d.safetensors", config)
     written = export_lora(base, tmp_path / "d.safetensors", tmp_path / "x.safetensors")
     key = "transformer.transformer_blocks.0.ff.net.2"
     want = merged.get_submodule(key.removeprefix("transformer.")).weight.norm(dim=1, keepdim=True)
     torch.testing.assert_close(written[f"{key}.dora_scale"].abs(), want, rtol=1e-5, atol=1e-5)
     assert f"{key}.diff_b" in written and not written[f"{key}.lora_up.weight"].any()  # γ scales the bias, too
+
+
+@pytest.mark.parametrize("name, some", [("SD3Transformer2DModel", "attn.to_q.diff_b"), ("WanTransformer3DModel", "")])
+def test_what_comfyui_passes_over_is_said(tmp_path: Path, name: str, some: str) -> None:
+    base, _ = trained(name, tmp_path / "d.safetensors", "block")
+    with pytest.warns(UserWarning, match=f"ComfyUI passes over .*{some}"):
+        export_lora(base, tmp_path / "d.safetensors", tmp_path / "x.safetensors")
 
 
 def test_an_added_bias_is_refused(tmp_path: Path) -> None:

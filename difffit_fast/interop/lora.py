@@ -19,6 +19,8 @@ bias of a module, and no bias without a ``diff``: a ``diff`` of zeros has one el
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import check_target, write_safetensors
+from .._words import first_few
 from ..apply import apply_difffit
 from ..apply.delta import read_applied
 from ..apply.merging import held_modules
@@ -37,6 +40,14 @@ from ..models.merge import fold_norm, scale_rows
 
 LAYOUTS = {"comfyui": "transformer", "lycoris": "lycoris"}
 EPS = torch.finfo(torch.float32).eps
+# Classes whose modules ComfyUI knows by their names in diffusers, behind "transformer."; other names are its own.
+_NAMED = (
+    "SD3Transformer2DModel", "FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",
+    "PixArtTransformer2DModel", "AuraFlowTransformer2DModel",
+)  # fmt: skip
+# What ComfyUI holds joined or in another order. It finds a weight's part by these names, and no bias's.
+_PARTS = r"(.*\.)?(to_[qkv]|add_[qkv]_proj|proj_mlp|norm_out\.linear)\.diff_b"
+_JOINED = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 _LINEARS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -79,6 +90,9 @@ def export_lora(
     Returns:
         What was written, by key.
 
+    Warns:
+        UserWarning: under the names of diffusers ComfyUI passes over keys of the file; each is named there, too, by its log.
+
     Raises:
         DeltaMismatchError: the delta is of another class or another base.
         DiffFitError: the file exists, or something in the delta has no place in the format.
@@ -106,8 +120,26 @@ def export_lora(
         with_delta.unload()
     if not tensors:
         raise DiffFitError(f"{delta} changes nothing in its base: there is nothing to write")
+    if layout == "comfyui" and prefix == LAYOUTS[layout]:
+        _warn_unread({cls.__name__ for cls in type(model).__mro__}, tensors)
     write_safetensors(file, tensors, {"format": "pt", "modelspec.title": file.stem, "difffit.layout": layout})
     return tensors
+
+
+def _warn_unread(classes: set[str], tensors: dict[str, Tensor]) -> None:
+    """Say which keys ComfyUI does not find: nothing is lost without a word."""
+    if not classes & set(_NAMED):
+        lost, why = list(tensors), "knows this class under names of its own only, or not at all"
+    else:
+        lost = [key for key in tensors if key.endswith("_table.diff")]
+        lost += [key for key in tensors if classes & set(_JOINED) and re.fullmatch(_PARTS, key)]
+        why = "joins or reorders these parameters, or has them under names of its own"
+    if lost:
+        warnings.warn(
+            f"ComfyUI passes over {len(lost)} of {len(tensors)} keys ({first_few(lost)}): it {why}; a merged model "
+            "has all of them",
+            stacklevel=3,
+        )
 
 
 def _with_delta(model: nn.Module, delta: str | os.PathLike[str]) -> Any:
@@ -143,7 +175,7 @@ def _changes(model: Any) -> Iterator[Change]:
             continue
         parameters = module._parameters
         gamma = parameters.get("gamma")
-        before = {n: held.base[n] if n in held.base else p for n, p in parameters.items() if n != "gamma"}
+        before = {n: held.base.get(n, p) for n, p in parameters.items() if n != "gamma"}
         after = {n: p.detach().double() for n, p in parameters.items() if p is not None and n != "gamma"}
         moved = path in folded and not torch.equal(folded[path][0], after["weight"])
         if path in folded:
@@ -206,7 +238,9 @@ def _lycoris(change: Change, weight: Tensor | None, bias: Tensor | None, linear:
     """The same where a module is one thing: low-rank, a difference, or a norm, told by its weight's key."""
     if not linear:
         own = change.after["weight"]
-        return {"w_norm": torch.zeros_like(own) if weight is None else weight} | ({} if bias is None else {"b_norm": bias})
+        return {"w_norm": torch.zeros_like(own) if weight is None else weight} | (
+            {} if bias is None else {"b_norm": bias}
+        )
     if bias is None and change.gamma is not None:
         return _dora(change)
     zero = torch.zeros([1] * change.after["weight"].dim(), dtype=torch.float64)

@@ -42,7 +42,9 @@ def export_peft(
     ready.unload()
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
     config = DiffFitPeftConfig(
-        difffit=dataclasses.asdict(header["difffit"]), add_bias=header["add_bias"], branch_ends=header.get("branch_ends")
+        difffit=dataclasses.asdict(header["difffit"]),
+        add_bias=header["add_bias"],
+        branch_ends=header.get("branch_ends"),
     )
     wrapped = get_peft_model(model, config)
     try:
