@@ -5,8 +5,9 @@
     python benchmarks/plots.py --check      # write nothing; fail if a table is not what the files say
 
 ``speed``, between the lines <!-- speed:begin --> and <!-- speed:end -->: one row for each ``speed*.json`` that
-``speed.py`` wrote to its end. ``demo``: what ``make demo ARGS="--publish"`` wrote to ``demo.json``, with its figure. A plot lies
-beside the file it shows: ``speed*.png``, ``ops.png`` and ``demo.png``, which the demo draws.
+``speed.py`` wrote to its end. ``apply``: one row for each model of an ``apply*.json`` of ``apply.py``. ``demo``: what
+``make demo ARGS="--publish"`` wrote to ``demo.json``, with its figure. A plot lies beside the file it shows: ``speed*.png``,
+``ops.png`` and ``demo.png``, which the demo draws.
 """
 
 from __future__ import annotations
@@ -100,6 +101,34 @@ def demo_block(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> s
         f"![Letters shown, letters not shown, and samples of every model]({where.removesuffix('.json')}.png)\n\n{table}\n\n"
         f"{result['verdict']} Images a second: {speed} ([{result['date'][:10]}]({where}), {result['device']})."
     )
+
+
+MODELS = {"dit": "DiTTransformer2DModel", "pixart": "PixArtTransformer2DModel", "sd3": "SD3Transformer2DModel"}
+OTHERS = {"frozen": "the same, frozen PyTorch", "lora": "PEFT LoRA, rank 16", "ia3": "PEFT IA3"}
+
+
+def apply_table(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
+    """A Markdown table, one row a model: ms per step and peak memory of ours, and the others' as multiples of it."""
+    if not files:
+        return "Not measured yet: `python benchmarks/apply.py --json benchmarks/results/<device>/apply-<dtype>.json`."
+    lines = [["device", "model", "ours", *OTHERS.values(), "measured"], ["---"] * (4 + len(OTHERS))]
+    for path, result in files:
+        where = os.path.relpath(path, root).replace(os.sep, "/")
+        shape = f"width {result['width']}, {result['depth']} blocks, batch {result['batch_size']}, {result['dtype']}"
+        for model, measured in result["models"].items():
+            modes, ratios = measured["modes"], measured["ratios"]
+            lines.append([
+                f"{result['device'].split(', ')[0]}, PyTorch {result['torch']}", f"{MODELS[model]}, {shape}",
+                f"{modes['ours']['step_ms']['median']:.1f} ms, {_mebibytes(modes, 'ours')}" if "ours" in modes else "",
+                *(f"{_ratio(ratios, f'vs_{name}')}, {_mebibytes(modes, name)}" if name in modes else "" for name in OTHERS),
+                f"[{result['date'][:10]}]({where})",
+            ])  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mebibytes(modes: dict[str, Any], name: str) -> str:
+    peak = modes[name]["peak_memory_bytes"]
+    return f"{peak / 2**20:.0f} MiB" if peak else "memory not measured"
 
 
 def insert(text: str, block: str, content: str) -> str:
@@ -203,11 +232,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="fail if a table is out of date; write nothing")
     args = parser.parse_args(argv)
     speed = [(path, result) for path, result in load(args.results, "speed*.json") if result.get("complete", True)]
+    applied = [(path, result) for path, result in load(args.results, "apply*.json") if result["complete"]]
     try:
         text = args.readme.read_text()
         root = args.readme.resolve().parent
         new = insert(text, "speed", speed_table(speed, root))
         new = insert(new, "demo", demo_block(load(args.results, "demo.json"), root))
+        new = insert(new, "apply", apply_table(applied, root))
     except (OSError, ValueError) as error:
         print(f"{args.readme}: {error}", file=sys.stderr)
         return 1
@@ -222,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
     ops = load(args.results, "ops.json")
     for path, record in ops:
         plot_ops(record, path.with_suffix(".png"))
-    print(f"{args.readme}: {len(speed)} rows; {len(speed) + len(ops)} plots under {args.results}")
+    print(
+        f"{args.readme}: {len(speed) + len(applied)} files in tables; {len(speed) + len(ops)} plots under {args.results}"
+    )
     return 0
 
 

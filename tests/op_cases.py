@@ -22,6 +22,7 @@ from difffit_fast.ops.adaln import adaln
 from difffit_fast.ops.attention import attention, qkv_vectors
 from difffit_fast.ops.block import block
 from difffit_fast.ops.colsum import colsum
+from difffit_fast.ops.frozen_gelu import frozen_gelu
 from difffit_fast.ops.frozen_linear import frozen_linear
 from difffit_fast.ops.frozen_mlp import frozen_mlp
 from difffit_fast.ops.modulation import modulation
@@ -128,6 +129,14 @@ def stacked_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list
 def matvec_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
     _, k, n = size
     return [draw(3, k, dtype=branch), *(draw(n, k, dtype=branch) for _ in range(3))]
+
+
+def scaled_linear_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    return [*linear_inputs(size, stream, branch), draw(size[-1], dtype=F32, shift=1)]
+
+
+def gelu_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    return mlp_inputs(size, stream, branch)[:3]
 
 
 def mlp_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
@@ -257,6 +266,24 @@ def stacked_calls(name: str, inputs: list[Tensor]) -> Calls:
     return calls
 
 
+def scaled_linear_calls(inputs: list[Tensor]) -> Calls:
+    x, weight, bias, gamma = inputs
+    y, z = torch.ops.difffit_fast.frozen_linear_scaled(*inputs)
+    backward = [(*detached(torch.ones_like(y), weight, z, gamma), dx) for dx in (True, False)]
+    return [
+        ("frozen_linear_scaled", (x, weight, bias, gamma)),
+        ("frozen_linear_scaled", (x, weight, None, gamma)),
+        *(("frozen_linear_scaled_backward", given) for given in backward),
+    ]
+
+
+def gelu_calls(inputs: list[Tensor]) -> Calls:
+    x, weight, bias = inputs
+    g, u = torch.ops.difffit_fast.frozen_gelu(*inputs)
+    backward = [("frozen_gelu_backward", (*detached(torch.ones_like(g), weight, u), dx)) for dx in (True, False)]
+    return [("frozen_gelu", (x, weight, bias)), ("frozen_gelu", (x, weight, None)), *backward]
+
+
 def mlp_calls(inputs: list[Tensor]) -> Calls:
     _, w1, _, w2 = inputs
     branch, u = torch.ops.difffit_fast.frozen_mlp(*inputs)
@@ -335,6 +362,20 @@ CASES = [
             ("stacked_linear", stacked_linear, true_stacked_linear, stacked_inputs),
             ("stacked_matvec", stacked_matvec, true_stacked_matvec, matvec_inputs),
         )
+    ),
+    Case(
+        "frozen_linear with gamma", frozen_linear, lambda x, w, b, gamma: gamma * F.linear(x, w, b), scaled_linear_inputs,
+        (True, False, True, True), scaled_linear_calls,
+        sizes=((1, 1, 72, 40), (2, 77, 72, 100), (0, 4, 72, 40), (3, 37, 100, 1)), triton=((2, 5, 72, 40), (0, 4, 72, 40)),
+        gpu=((1, 1, 72, 40), (2, 256, 1152, 4608), (0, 4, 72, 40)), small=(2, 5, 72, 40),
+        roundings={BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 4, F16: 4},  # z is rounded on the way
+    ),
+    Case(
+        "frozen_gelu", frozen_gelu, lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"), gelu_inputs,
+        (True, False, True), gelu_calls,
+        sizes=((1, 1, 72, 40), (2, 77, 72, 100), (0, 4, 72, 40), (3, 37, 100, 1)), triton=((2, 5, 72, 40), (0, 4, 72, 40)),
+        gpu=((1, 1, 72, 40), (2, 256, 1152, 4608), (0, 4, 72, 40)), small=(2, 5, 72, 40),
+        roundings={BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 4, F16: 4},  # u is rounded on the way
     ),
     Case(
         "frozen_mlp", frozen_mlp, true_mlp, mlp_inputs, (True, False, True, False), mlp_calls,

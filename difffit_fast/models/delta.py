@@ -86,6 +86,8 @@ def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         raise DiffFitError(f"{path} cannot be used as a delta: {error}") from error
     if header.get("kind") != "delta":
         raise DiffFitError(f"{path} is not a delta of difffit_fast: its metadata does not say so")
+    if header.get("model_class") is not None:
+        raise DiffFitError(f"{path} is a delta of a {header['model_class']}; apply_difffit's load_delta reads it")
     if missing := [key for key in ("config", "difffit", "base_hash", "pos_embed_scale") if header.get(key) is None]:
         raise DiffFitError(f"{path} cannot be used: its metadata lacks {missing[0]}")
     if missing := sorted({f.name for f in dataclasses.fields(DiffFitConfig)} - set(header["difffit"])):

@@ -54,6 +54,9 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "method_options": (dict,),
     "difffit": (dict,),  # what a delta trains
     "base_hashes": (dict,),  # of a delta: what else of its base it builds on, see .base_hash
+    "model_class": (str,),  # of a delta for a model that is no DiT of this package, instead of config
+    "add_bias": (bool,),  # whether linears without a bias got one there
+    "branch_ends": (list,),  # where γ was put there, if it was said
     "random_base": (int,),  # the seed that the base's random weights came from, where it was no checkpoint
 }
 # Numbers have bounds, both included.
