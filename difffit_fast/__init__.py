@@ -16,6 +16,7 @@ _EXPORTS = {
     "DiT": "difffit_fast.models.dit",
     "DiT_models": "difffit_fast.models.dit",
     "FastDiffFitDiT": "difffit_fast.models.fast_dit",
+    "FastDiffFitDiT_models": "difffit_fast.models.fast_dit",
     "DiffFitConfig": "difffit_fast.models.difffit",
     "build_info": "difffit_fast._ext",
     "kernel_report": "difffit_fast.ops",

@@ -214,6 +214,37 @@ def replacing(path: str | os.PathLike[str], *, new: bool = False) -> Iterator[Pa
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``path`` to fill: it gets its name when all went well, else it is removed.
+
+    Args:
+        overwrite: a folder that is there is replaced, and removed only when the new one is whole.
+
+    Raises:
+        DiffFitError: ``path`` is there and has something in it, or is no folder.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    there = path.exists() or path.is_symlink()
+    if there and not (path.is_dir() and (overwrite or not any(path.iterdir()))):
+        raise DiffFitError(f"{path} is there{' and has something in it' if path.is_dir() else ' and is no folder'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    temporary = beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = None
+        if there:
+            os.rename(path, old := beside(path))
+        os.rename(temporary, path)
+        if old is not None:
+            remove(old)
+    finally:
+        remove(temporary)
+
+
 def _link(temporary: Path, target: Path) -> bool:
     """Give a file its name unless another one has it; False where that cannot be done at once."""
     try:

@@ -67,7 +67,9 @@ def test_every_command_takes_the_name(letters: Path, tmp_path: Path, capsys: pyt
     assert torch.equal(
         load_model(None, delta).model.x_embedder.proj.weight, read_model(letters).dit().x_embedder.proj.weight
     )
-    assert main(["merge", "--ckpt", "letters", "--delta", str(delta), "--out", "merged.safetensors"]) == 0
+    assert (
+        main(["export", "--to", "dit", "--ckpt", "letters", "--delta", str(delta), "--out", "merged.safetensors"]) == 0
+    )
     fid = ["--num-fid-samples", "3", "--sample-dir", "fid", "--cfg-scale", "1"]
     assert main(["sample", "--ckpt", "letters", *fid, *words]) == 0
     assert main(["check", "letters"]) == 0

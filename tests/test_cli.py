@@ -52,7 +52,7 @@ def test_train_merge_inspect(images: Path, base: Path, tmp_path: Path, capsys: p
     expected = model.eval()(x, t, y)
     for name in ("merged.pt", "merged.safetensors"):
         out = tmp_path / name
-        assert main(["merge", "--ckpt", str(base), "--delta", str(delta), "--out", str(out)]) == 0
+        assert main(["export", "--to", "dit", "--ckpt", str(base), "--delta", str(delta), "--out", str(out)]) == 0
         plain = DiT(input_size=16, in_channels=3, num_classes=3, **TINY).eval()
         plain.load_state_dict(read_weights(out).state)
         torch.testing.assert_close(plain(x, t, y), expected, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy(capsys: pytest.CaptureF
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(verb in text for verb in VERBS)
-    for verb in ("train", "merge", "inspect", "bench"):
+    for verb in ("train", "export", "inspect", "bench"):
         assert main([verb, "--help"]) == 0
         assert "--debug" in capsys.readouterr().out
     assert main([]) == 2
@@ -167,20 +167,21 @@ BAD: dict[str, tuple[Case, str]] = {
         "no training image is of the class 'digit3' of the validation data, and there is no --ckpt that could have a row",
     ),
     "delta missing": (
-        lambda i, b, f: ["merge", "--ckpt", b, "--delta", f / "d", "--out", f / "o.pt"], "delta not found"
+        lambda i, b, f: ["export", "--to", "dit", "--ckpt", b, "--delta", f / "d", "--out", f / "o.pt"], "delta not found"
     ),
     "delta of another base": (
-        lambda i, b, f: ["merge", "--ckpt", b, "--delta", _delta_of_another_base(f), "--out", f / "o.pt"],
+        lambda i, b, f: ["export", "--to", "dit", "--ckpt", b, "--delta", _delta_of_another_base(f), "--out", f / "o.pt"],
         "was made on the base .*; the model's base is",
     ),
     "checkpoint given as delta": (
-        lambda i, b, f: ["merge", "--ckpt", b, "--delta", b, "--out", f / "o.pt"], "delta"
+        lambda i, b, f: ["export", "--to", "dit", "--ckpt", b, "--delta", b, "--out", f / "o.pt"], "delta"
     ),
     "merge to an odd ending": (
-        lambda i, b, f: ["merge", "--ckpt", b, "--delta", b, "--out", f / "o.bin"], "must end in .pt or .safetensors"
+        lambda i, b, f: ["export", "--to", "dit", "--ckpt", b, "--delta", b, "--out", f / "o.bin"],
+        "must end in .pt or .safetensors",
     ),
     "merge over a file": (
-        lambda i, b, f: ["merge", "--ckpt", b, "--delta", b, "--out", _write(f / "o.pt", "")], "--overwrite"
+        lambda i, b, f: ["export", "--to", "dit", "--ckpt", b, "--delta", b, "--out", _write(f / "o.pt", "")], "--overwrite"
     ),
     "inspect a picture": (lambda i, b, f: ["inspect", i / "digit0" / "000.png"], "cannot read checkpoint"),
     "unknown verb": (lambda i, b, f: ["tain"], "nearest known one is 'train'"),

@@ -16,7 +16,7 @@ from training import Process, digits, flags
 
 from difffit_fast._files import TEMPORARY
 
-COMMANDS = ("train", "extract", "merge", "sample", "eval")
+COMMANDS = ("train", "extract", "export", "sample", "eval")
 ENDLESS = 10**9
 
 
@@ -46,7 +46,7 @@ def words(command: str, given: Path, out: Path) -> list[str]:
         )],
         "extract": ["extract", "--data-path", images, "--features-path", out / "features", "--vae", "none", "--image-size", 16,
                     "--shard-size", 4, "--num-workers", 0, "--device", "cpu"],
-        "merge": ["merge", "--ckpt", base, "--delta", delta, "--out", out / "merged.safetensors", "--overwrite"],
+        "export": ["export", "--to", "dit", "--ckpt", base, "--delta", delta, "--out", out / "merged.safetensors", "--overwrite"],
         "sample": ["sample", "--ckpt", base, "--delta", delta, "--num-fid-samples", 5, "--sample-dir", out / "samples",
                    "--num-sampling-steps", 2, "--cfg-scale", 1, "--per-proc-batch-size", 2, "--device", "cpu"],
         "eval": ["eval", images / "digit0", images / "digit1", "--features", "training:tiny_features", "--metrics", "fd",

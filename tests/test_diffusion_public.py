@@ -187,6 +187,17 @@ def test_losses(respacing, sigma_small, use_kl, rescale, predict_xstart, learn_s
         assert found["loss"] == pytest.approx(mse + vb, rel=1e-8)
 
 
+def test_at_a_thousand_steps_the_scale_of_the_bound_is_one_to_the_bit() -> None:
+    x, noise, output, v, t = (part.float() if part.is_floating_point() else part for part in batch(""))
+    plain, rescaled = (
+        create_diffusion("", rescale_learned_sigmas=rescale).training_losses(
+            lambda x, t: torch.cat([output, v], 1), x, t, None, noise
+        )
+        for rescale in (False, True)
+    )
+    assert all(torch.equal(plain[key], rescaled[key]) for key in ("loss", "mse", "vb"))
+
+
 @pytest.mark.parametrize("predict_xstart", [True, False])
 def test_what_each_loss_teaches(predict_xstart) -> None:
     """The bound beside the squared error teaches the variance, the bound alone the mean as well; by finite differences."""

@@ -251,7 +251,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path):
         (["eval", "{folder}", "{folder}"], "--json"),
         (["eval", "{folder}", "{folder}"], "--cache"),
         (["sample", "--ckpt", "{folder}"], "--output"),
-        (["merge", "--delta", "{folder}"], "--out"),
+        (["export", "--to", "dit", "--delta", "{folder}"], "--out"),
     ],
 )
 def test_every_command_that_writes_a_file_refuses_it_first(tmp_path, capsys, verb, flag):

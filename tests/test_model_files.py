@@ -232,13 +232,55 @@ def test_averages_without_names_are_passed_over_and_it_is_said(tmp_path) -> None
         assert torch.equal(read_weights(tmp_path / "c.pt").state["pos_embed"], STATE["pos_embed"])
 
 
-def test_foreign_parts_that_a_dit_does_not_need(tmp_path) -> None:
-    torch.save({"ema": AVERAGE | {"projectors.0.weight": torch.ones(2)}}, tmp_path / "repa.pt")
-    with pytest.warns(UserWarning, match="the projectors of REPA are left out"):
+def with_projectors(state: dict) -> dict:
+    """As REPA saves it: three layers of a projector for each encoder, among the keys of a SiT."""
+    layers = {
+        f"projectors.{i}.{j}.{kind}": torch.ones(2) for i in (0, 1) for j in (0, 2, 4) for kind in ("weight", "bias")
+    }
+    return state | layers
+
+
+def test_foreign_parts_that_a_dit_does_not_need(tmp_path, capsys) -> None:
+    torch.save({"model": with_projectors(STATE), "ema": with_projectors(AVERAGE), "steps": 7}, tmp_path / "repa.pt")
+    with pytest.warns(UserWarning, match="the projectors of REPA are left out: 12 tensors under projectors.*") as said:
         assert read_weights(tmp_path / "repa.pt").state.keys() == AVERAGE.keys()
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["inspect", str(tmp_path / "repa.pt")]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("the projectors of REPA: 12 tensors under projectors.*") == 1
+        assert main(["check", str(tmp_path / "repa.pt")]) == 1  # its heads are not known
+        assert "left out  1  parts that are no DiT's  the projectors of REPA: 12 tensors" in capsys.readouterr().out
+        torch.save(STATE, tmp_path / "plain.pt")
+        assert "left out" not in describe(tmp_path / "plain.pt")
     torch.save(STATE | {"mask_token": torch.ones(2)}, tmp_path / "odd.pt")
     with pytest.raises(DiffFitError, match="is not a DiT: it has the unknown key mask_token"):
         read_weights(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("kind", [DiT, FastDiffFitDiT])
+@pytest.mark.parametrize("prefix", ["", "0."])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_leaves_them_out_and_nothing_else(kind: type, prefix: str, strict: bool) -> None:
+    made = kind(**SIZES)
+    inside = torch.nn.Sequential(made) if prefix else made  # as DDP and its kin hold it
+    with pytest.warns(UserWarning, match="the projectors of REPA are left out: 12 tensors under projectors.*") as said:
+        result = inside.load_state_dict(prefixed(prefix, with_projectors(STATE)), strict=strict and not prefix)
+    assert len(said) == 1 and not result.unexpected_keys
+    assert torch.equal(made.blocks[1].mlp.fc2.weight, STATE["blocks.1.mlp.fc2.weight"])
+    for odd in ("projector.weight", "mask_token", "blocks.0.projectors.weight"):
+        with pytest.raises(RuntimeError, match=f"[uU]nexpected key.*{odd}"):
+            made.load_state_dict(STATE | {odd: torch.ones(2)})
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_a_checkpoint_of_repa_is_a_sit(tmp_path) -> None:
+    torch.save({"ema": with_projectors(AVERAGE)}, tmp_path / "repa.pt")
+    fast = FastDiffFitDiT.from_pretrained(tmp_path / "repa.pt", objective="flow", num_heads=3)
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
+    torch.testing.assert_close(fast.eval()(x, t, y), EMA.eval()(x, t, y)[:, :3], rtol=1e-4, atol=1e-4)
+    assert torch.equal(FastDiffFitDiT.from_dit(with_projectors(AVERAGE), num_heads=3).pos_embed, EMA.pos_embed)
 
 
 # -- what a file is ----------------------------------------------------------------------------------------------------
@@ -265,7 +307,17 @@ def test_what_is_recorded_comes_back(classes: int, prob: float, kind: str, tmp_p
         FastDiffFitDiT.from_dit(dit).save_delta(
             tmp_path / "d.safetensors", objective="flow", class_names=["x"] * classes
         )
-        words = ["merge", "--ckpt", tmp_path / "base.pt", "--delta", tmp_path / "d.safetensors", "--out", path]
+        words = [
+            "export",
+            "--to",
+            "dit",
+            "--ckpt",
+            tmp_path / "base.pt",
+            "--delta",
+            tmp_path / "d.safetensors",
+            "--out",
+            path,
+        ]
         assert main([str(word) for word in words]) == 0
         torch.nn.Module.load_state_dict(DiT(**dit.config), torch.load(path)) if kind == "merged.pt" else None
     file = read_model(path)
@@ -466,7 +518,7 @@ def test_checkpoint_train_delta_sample_merge_train(case: dict, tmp_path, monkeyp
     words = ["sample", "--delta", delta, "--num-sampling-steps", 2, "--num-images", 2, "-o", "s.png", "--cfg-scale", 1]
     assert main([str(word) for word in words]) == 0
     for out in ("merged.pt", "merged.safetensors"):
-        assert main(["merge", "--delta", str(delta), "--out", out]) == 0
+        assert main(["export", "--to", "dit", "--delta", str(delta), "--out", out]) == 0
         merged = load_model(out)
         assert {k: merged.model.config[k] for k in sizes} == sizes and merged.objective == objective
         torch.testing.assert_close(merged.model(x, t, y), want, rtol=1e-3, atol=1e-4)

@@ -173,7 +173,7 @@ def test_labels():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(sampler="plms"), "ddpm, ddim, dpm.., unipc, euler, heun; got 'plms'"),
+        (dict(sampler="plms"), "ddpm, ddim, dpm.., unipc, euler, heun, dopri5, sde; got 'plms'"),
         (dict(num_sampling_steps=0), "num_sampling_steps must be at least 1"),
         (dict(num_sampling_steps=1001), "at most 1000 steps; got 1001"),
         (dict(cfg_scale=-1.0), "cfg_scale"),

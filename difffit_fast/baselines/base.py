@@ -32,7 +32,7 @@ class BaselineDiT(DiT):
         model.pos_embed = dit.pos_embed
         model.train(dit.training)
         model.method, model.method_options = method, dict(options)
-        model.pos_embed_scale, model.classes = dit.pos_embed_scale, dit.classes
+        model.pos_embed_scale, model.classes, model.objective = dit.pos_embed_scale, dit.classes, dit.objective
         return model
 
     def train_only(self, trains: Callable[[str], bool]) -> BaselineDiT:

@@ -45,7 +45,7 @@ class PlainDiffFitDiT(DiT):
         c = self.t_embedder(t) + self.y_embedder(y, self.training)
         for block in self.blocks:
             x = self.call_block(self._block, block, x, c)
-        return self.unpatchify(self.final_layer(x, c))
+        return self.output(self.final_layer(x, c))
 
     def _block(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         attn = block.attn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import DiffFitError
 from ..models.checkpoint import read_model
 from ..models.delta import read_delta
 from ..models.fast_dit import FastDiffFitDiT
+from ..models.foreign import LeftOutWarning
 from ..models.header import read_header
 from ..models.sizes import model_name
 from .report import Report, check_values
@@ -62,7 +64,11 @@ def check_trainables(path: Path, report: Report) -> None:
 
 def check_checkpoint(path: Path, report: Report) -> None:
     """A DiT that can be built, whole and finite."""
-    file = read_model(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)  # it is told below
+        file = read_model(path)
+    for part in file.left_out:
+        report.left_out("parts that are no DiT's", part)
     report.facts |= {
         "model": file.name,
         "classes": file.config["num_classes"],
@@ -77,7 +83,7 @@ def check_checkpoint(path: Path, report: Report) -> None:
         report.wrong("refused", str(error))
     check_values(file.state.items(), report)
     if file.is_difffit:
-        report.suspicious("DiffFit's parameters, not merged", "difffit merge folds them into the weights")
+        report.suspicious("DiffFit's parameters, not merged", "difffit export --to dit folds them into the weights")
     if file.pos_embed_scale is None:
         report.suspicious("positions that are no sine-cosine table", "another image size cannot be made of them")
     if file.header:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.checkpoint import image_pixels, read_model
 from ..models.delta import read_delta
+from ..models.foreign import LeftOutWarning
 from ..models.header import read_header
 from ..models.load import RUN_SETTINGS
 from ..models.sizes import model_name
@@ -90,7 +92,9 @@ def _trainables(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    file = read_model(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)  # it is told below
+        file = read_model(path)
     if not file.is_difffit:
         file.check_keys(file.skeleton())
     name, names = file.weights
@@ -105,6 +109,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "recorded": sorted(file.recorded) or None,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.state.values()}),
         "tensors": len(file.state),
+        **({"left out": list(file.left_out)} if file.left_out else {}),
         **{key: value for key, value in _rest(file.header).items() if key != "objective"},
     }
 

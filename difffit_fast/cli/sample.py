@@ -17,7 +17,7 @@ from .._processes import World
 from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.sizes import model_name
-from ..sample.sampler import DDPM_SAMPLERS, FLOW_SAMPLERS, SAMPLERS
+from ..sample.sampler import SAMPLERS, SAMPLERS_OF
 
 FLOW_DEFAULT = "euler"
 
@@ -153,9 +153,9 @@ def _objective(args: argparse.Namespace, recorded: str | None) -> tuple[str, str
         raise DiffFitError(f"the model was trained with --objective {recorded}; {args.objective} was asked for")
     objective = recorded or args.objective
     if objective is None:
-        objective = "flow" if args.sampler in FLOW_SAMPLERS else "ddpm"
+        objective = "flow" if args.sampler in SAMPLERS_OF["flow"] else "ddpm"
     sampler = args.sampler or ("ddpm" if objective == "ddpm" else FLOW_DEFAULT)
-    fitting = DDPM_SAMPLERS if objective == "ddpm" else FLOW_SAMPLERS
+    fitting = SAMPLERS_OF[objective]
     if sampler not in fitting:
         raise DiffFitError(f"--sampler {sampler} is not for --objective {objective}, which takes {', '.join(fitting)}")
     return objective, sampler
@@ -206,7 +206,7 @@ def folder_name(args: argparse.Namespace, sampler: Any) -> str:
     """``{model}-{ckpt}-size-{pixels}-vae-{vae}-cfg-{scale}-seed-{seed}``, as DiT names it, with the delta's name."""
     model = sampler.model
     stems = [Path(path).stem for path in (args.ckpt, args.delta) if path]
-    name = args.model or model_name(model.config, "flow" if sampler.sampler in FLOW_SAMPLERS else "ddpm")
+    name = args.model or model_name(model.config, "flow" if sampler.sampler in SAMPLERS_OF["flow"] else "ddpm")
     vae = os.path.basename(os.path.normpath(sampler.vae.name))
     size = model.input_size * sampler.vae.factor
     tail = f"size-{size}-vae-{vae}-cfg-{sampler.cfg_scale}-seed-{args.seed}"

@@ -26,8 +26,8 @@ SAMPLERS = (*METHODS, "dopri5", "sde")
 class FlowMatching:
     """Losses and samplers. A model is a callable ``model(x, t, **model_kwargs)`` with t (N,) float in [0, 1].
 
-    It returns the velocity (N, C, H, W), as :class:`~difffit_fast.models.dit.SiT` does. SiT checkpoints have DiT's keys and its
-    doubled output channels: of a model that returns all 2C, the second half is dropped here.
+    It returns the velocity (N, C, H, W), as a :class:`~difffit_fast.models.dit.DiT` with ``objective="flow"`` does. SiT
+    checkpoints have DiT's keys and its doubled output channels: of a model that returns all 2C, the second half is dropped here.
 
     The loops take ``noise`` (drawn if None), ``model_kwargs``, ``device``, ``progress`` (a bar) and ``generator`` (one, or one
     per image). Call them under ``torch.no_grad()``.

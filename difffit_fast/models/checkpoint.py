@@ -45,6 +45,7 @@ class ModelFile:
         recorded: the constructor arguments that the file records, rather than its tensors suggest.
         weights: which of the sets in the file this is, and all of them.
         classes: where the rows of its class table came from, once they were chosen anew.
+        left_out: the foreign parts that were beside it, in words.
     """
 
     state: dict[str, Tensor]
@@ -57,6 +58,7 @@ class ModelFile:
     recorded: frozenset[str] = frozenset()
     weights: tuple[str, tuple[str, ...]] = ("", ("",))
     classes: ClassRows | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -107,6 +109,18 @@ class ModelFile:
         if objective is not None and file.objective not in (None, objective):
             raise DiffFitError(f"{said} predicts by {objective}; {self.source} was trained with {file.objective}")
         return dataclasses.replace(file, objective=file.objective or objective)
+
+    def predicting(self, objective: str | None) -> ModelFile:
+        """The same file, as one of a model trained for ``objective``, "ddpm" or "flow"; None: nothing was said.
+
+        Raises:
+            DiffFitError: it is known to be trained for another.
+        """
+        if objective not in (None, "ddpm", "flow"):
+            raise DiffFitError(f"objective must be ddpm or flow; got {objective!r}")
+        if objective is not None and self.objective not in (None, objective):
+            raise DiffFitError(f"{self.source} was trained with {self.objective}; objective {objective} was asked for")
+        return dataclasses.replace(self, objective=self.objective or objective)
 
     def _with_heads(self, heads: int, said: str | None) -> ModelFile:
         width, known = self.config["hidden_size"], self.config["num_heads"]
@@ -250,7 +264,7 @@ class ModelFile:
             key = next(key for key in self.state if _is_extra(key))
             raise DiffFitError(
                 f"{self.source} is not a plain DiT: it has the unknown key {key}; it looks like a DiffFit model that was not "
-                "merged (difffit merge, model.merge())"
+                "merged (difffit export --to dit, model.merge())"
             )
         model = self.skeleton()
         self.check_keys(model)
@@ -258,7 +272,7 @@ class ModelFile:
         for name, p in model.named_parameters():
             p.requires_grad_(name != "pos_embed")
         model.pos_embed_scale = 1.0 if self.pos_embed_scale is None else self.pos_embed_scale
-        model.classes = self.classes
+        model.classes, model.objective = self.classes, self.objective
         return model
 
     def skeleton(self, **arguments: Any) -> DiT:
@@ -290,8 +304,9 @@ def model_of(dit_or_state_dict: DiT | Mapping[str, Tensor]) -> ModelFile:
         return describe(find_weights(dit_or_state_dict))
     model = dit_or_state_dict
     return ModelFile(
-        state=model.state_dict(), config=dict(model.config), source=f"the {type(model).__name__}", objective=None,
-        pos_embed_scale=model.pos_embed_scale, image_size=model.input_size * pixels_per_cell(model.in_channels),
+        state=model.state_dict(), config=dict(model.config), source=f"the {type(model).__name__}",
+        objective=getattr(model, "objective", None), pos_embed_scale=model.pos_embed_scale,
+        image_size=model.input_size * pixels_per_cell(model.in_channels),
         recorded=frozenset(DIT_ARGUMENTS), header=_names_of(model.classes), classes=model.classes,
     )  # fmt: skip
 
@@ -337,7 +352,9 @@ def describe(weights: Weights) -> ModelFile:
     objective = header.get("objective") or (model_objective(script["model"]) if known else None)
     said = frozenset(recorded) | frozenset(known)
     named = weights.name, weights.names
-    return ModelFile(state, config, source, objective, scale, image_size, header, said, named)
+    return ModelFile(
+        state, config, source, objective, scale, image_size, header, said, named, left_out=weights.left_out
+    )
 
 
 def _sizes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:

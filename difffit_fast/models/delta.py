@@ -75,6 +75,7 @@ def save_delta(
         "class_rows": untrained_rows(model),
         "base_hash": cached_base_hash(model),
         "random_base": model.random_base,
+        "objective": model.objective,
         **metadata,
     }
     write_model_file(path, "delta", {n: t.to("cpu", torch.float32) for n, t in own.items()}, header)
@@ -147,6 +148,9 @@ def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
     ):  # fmt: skip
         if config[key] != mine[key]:
             raise DeltaMismatchError(f"{path} was made for {label} {config[key]}; the model has {label} {mine[key]}")
+    objectives = metadata.get("objective"), model.objective
+    if None not in objectives and objectives[0] != objectives[1]:
+        raise DeltaMismatchError(f"{path} was made for the objective {objectives[0]}; the model has {objectives[1]}")
     theirs = metadata["difffit"]
     if theirs != model.difffit:
         raise DeltaMismatchError(

@@ -17,8 +17,9 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .._words import shown
 from .classes import ClassRows
-from .sizes import DIT_SIZES, PATCH_SIZES
+from .foreign import is_foreign, parts, say_left_out
+from .sizes import MODEL_NAMES, PATCH_SIZES, model_objective, model_sizes
 
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features
 LN_EPS = 1e-6
@@ -231,7 +233,15 @@ class DiT(nn.Module):
     prediction and the variance interpolation v) and in_channels otherwise. In training mode labels are dropped with
     ``class_dropout_prob``. The null class is ``num_classes``. Raises ``ValueError`` for sizes that do not fit.
 
+    With ``objective="flow"`` it is a SiT (Ma et al. 2024), DiT's twin that predicts a velocity: t lies in [0, 1], and
+    ``forward`` returns (N, in_channels, input_size, input_size). ``learn_sigma`` still doubles the channels of the last layer,
+    as in the published checkpoints, whose second half nobody trained: it is dropped, as the public code does.
+
+    A state dict may have the parts beside it that :mod:`.foreign` lists, such as REPA's projectors; a warning tells that they
+    are left out.
+
     Attributes:
+        objective: what the model is trained to predict: "ddpm", "flow", or None where nobody has said.
         pos_embed_scale: scale of the coordinates of the positional table; see :func:`sincos_pos_embed`.
         random_base: the seed that the weights came from, where they are random and stay so; else None.
         classes: where the rows of the class table came from, in a model made from a file.
@@ -256,8 +266,13 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        *,
+        objective: str | None = None,
     ) -> None:
         super().__init__()
+        if objective not in (None, "ddpm", "flow"):
+            raise ValueError(f"objective must be 'ddpm', 'flow' or None, got {objective!r}")
+        self.objective = objective
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -282,7 +297,7 @@ class DiT(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor arguments: ``DiT(**model.config)`` has the same shape."""
+        """The constructor arguments but ``objective``: ``DiT(**model.config)`` has the same shape."""
         return {name: getattr(self, name) for name in DIT_ARGUMENTS}
 
     @property
@@ -308,7 +323,27 @@ class DiT(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
             said = {"config": self.config, "pos_embed_scale": self.pos_embed_scale}
+            if self.objective is not None:
+                said["objective"] = json.dumps(self.objective)  # text of a header is JSON itself
             destination._metadata[prefix[:-1]][STATE_DICT_KEY] = json.dumps(said, default=lambda number: number.item())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        found = [key for key in unexpected_keys if key.startswith(prefix) and is_foreign(key[len(prefix) :])]
+        for key in found:
+            unexpected_keys.remove(key)
+        say_left_out(parts(key[len(prefix) :] for key in found), "the state dict")
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -333,13 +368,18 @@ class DiT(nn.Module):
         """Tokens (N, T, p * p * out_channels) -> images (N, out_channels, H, W)."""
         return unpatchify(x, self.patch_size, self.out_channels)
 
+    def output(self, x: Tensor) -> Tensor:
+        """What the model returns, from the tokens of the last layer: of a SiT the velocity alone."""
+        x = self.unpatchify(x)
+        return x[:, : self.in_channels] if self.objective == "flow" else x
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_dit_inputs(x, t, y, self.in_channels, self.input_size)
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, self.training)
         for block in self.blocks:
             x = self.call_block(block, x, c)
-        return self.unpatchify(self.final_layer(x, c))
+        return self.output(self.final_layer(x, c))
 
     def call_block(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``block(*args, **kwargs)``, of which only the arguments are kept where :attr:`gradient_checkpointing` is on."""
@@ -457,23 +497,30 @@ def check_dit_inputs(x: Tensor, t: Tensor, y: Tensor, in_channels: int, input_si
 # ----------------------------------------------------------------------------------------------------------- sizes
 
 
-def _factory(size: str, patch_size: int) -> Callable[..., DiT]:
-    def build(**kwargs: Any) -> DiT:
-        return DiT(**{**DIT_SIZES[size], "patch_size": patch_size, **kwargs})
-
-    build.__name__ = build.__qualname__ = f"DiT_{size}_{patch_size}"
-    build.__doc__ = f"DiT-{size}/{patch_size}; keyword arguments as for :class:`DiT`."
-    return build
+M = TypeVar("M", bound=DiT)
 
 
-DiT_XL_2, DiT_XL_4, DiT_XL_8 = (_factory("XL", p) for p in PATCH_SIZES)
-DiT_L_2, DiT_L_4, DiT_L_8 = (_factory("L", p) for p in PATCH_SIZES)
-DiT_B_2, DiT_B_4, DiT_B_8 = (_factory("B", p) for p in PATCH_SIZES)
-DiT_S_2, DiT_S_4, DiT_S_8 = (_factory("S", p) for p in PATCH_SIZES)
+def published(kind: type[M]) -> dict[str, Callable[..., M]]:
+    """Every published name, the twelve of DiT and the twelve of SiT -> the constructor of a ``kind`` of these sizes.
 
-DiT_models: dict[str, Callable[..., DiT]] = {
-    "DiT-XL/2": DiT_XL_2, "DiT-XL/4": DiT_XL_4, "DiT-XL/8": DiT_XL_8,
-    "DiT-L/2": DiT_L_2, "DiT-L/4": DiT_L_4, "DiT-L/8": DiT_L_8,
-    "DiT-B/2": DiT_B_2, "DiT-B/4": DiT_B_4, "DiT-B/8": DiT_B_8,
-    "DiT-S/2": DiT_S_2, "DiT-S/4": DiT_S_4, "DiT-S/8": DiT_S_8,
-}  # fmt: skip
+    It takes ``kind``'s keyword arguments, which go before what the name says. A SiT is a DiT with ``objective="flow"``.
+    """
+
+    def constructor(name: str) -> Callable[..., M]:
+        said: dict[str, Any] = {**model_sizes(name), "objective": "flow" if model_objective(name) == "flow" else None}
+
+        def build(**kwargs: Any) -> M:
+            return kind(**{**said, **kwargs})
+
+        build.__name__ = build.__qualname__ = kind.__name__.removesuffix("DiT") + re.sub(r"\W", "_", name)
+        build.__doc__ = f"{name}; keyword arguments as for :class:`{kind.__name__}`."
+        return build
+
+    return {name: constructor(name) for name in MODEL_NAMES}
+
+
+DiT_models: dict[str, Callable[..., DiT]] = published(DiT)
+DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{p}"] for p in PATCH_SIZES)
+DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{p}"] for p in PATCH_SIZES)
+DiT_B_2, DiT_B_4, DiT_B_8 = (DiT_models[f"DiT-B/{p}"] for p in PATCH_SIZES)
+DiT_S_2, DiT_S_4, DiT_S_8 = (DiT_models[f"DiT-S/{p}"] for p in PATCH_SIZES)

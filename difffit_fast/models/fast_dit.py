@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ from ..ops.modulation import modulation
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
 from .difffit import DiffFitConfig
-from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, timestep_embedding
+from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, published, timestep_embedding
 from .merge import merge
 
 
@@ -188,7 +188,7 @@ class FastDiffFitDiT(DiT):
                 bias1_cast=biases.fc1_cast[i], eps=LN_EPS, backend=self.attention,
             )  # fmt: skip
         last = self.final_layer.linear
-        return self.unpatchify(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
+        return self.output(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C·p·p), in the order of the flattened weight of a strided convolution."""
@@ -303,7 +303,8 @@ class FastDiffFitDiT(DiT):
                 (DiffFit's way from 256 to 512), "native" counts patches, as in the public 512 model.
             weights: "ema" or "model" where a file has both, or the name of a set.
             kwargs: further constructor arguments. ``num_heads`` for unpublished widths whose file does not record it;
-                ``class_dropout_prob=0`` for a table without a null class; ``attention``. Others must agree with the file.
+                ``class_dropout_prob=0`` for a table without a null class; ``objective="flow"`` for a SiT whose file does not
+                say so, as the public one; ``attention``. Others must agree with the file.
 
         Raises:
             DiffFitError: unreadable file, not a DiT, impossible sizes, or an argument that the file contradicts.
@@ -325,10 +326,11 @@ class FastDiffFitDiT(DiT):
         input_size: int | None = None,
         pos_embed: str | float = "scaled",
         class_dropout_prob: float | None = None,
+        objective: str | None = None,
         **kwargs: Any,
     ) -> FastDiffFitDiT:
         told = {key: kwargs.pop(key) for key in DIT_ARGUMENTS if key in kwargs}
-        file = file.expect(**told)
+        file = file.expect(**told).predicting(objective)
         if class_dropout_prob is not None:
             file = file.with_null_class(class_dropout_prob > 0)
         file = file.adapt(
@@ -339,7 +341,7 @@ class FastDiffFitDiT(DiT):
         if class_dropout_prob is not None:
             arguments["class_dropout_prob"] = class_dropout_prob
         try:
-            model = cls(**arguments, **kwargs)
+            model = cls(**arguments, objective=file.objective, **kwargs)
         except ValueError as error:
             raise DiffFitError(f"the model cannot be built: {error}") from error
         file.check_keys(model)
@@ -365,6 +367,10 @@ class FastDiffFitDiT(DiT):
     def merge(self) -> DiT:
         """An ordinary DiT that computes the same; see :func:`difffit_fast.models.merge.merge`."""
         return merge(self)
+
+
+# What the public training scripts import as DiT_models or SiT_models.
+FastDiffFitDiT_models: dict[str, Callable[..., FastDiffFitDiT]] = published(FastDiffFitDiT)
 
 
 def _share_storage(parameters: list[nn.Parameter]) -> Tensor:

@@ -105,7 +105,8 @@ def _with_delta(
             f", which {Path(delta).resolve().parent.parent / RUN_SETTINGS} names as the base of {delta}; give --ckpt"
         )
     if ckpt is None:
-        model = FastDiffFitDiT.from_dit(random_dit(config, seed), difffit=difffit, compute_dtype=compute_dtype)
+        base = random_dit(config, seed, objective=header.get("objective"))
+        model = FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
     else:
         if found_by and not model_path(ckpt).exists():
             raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
@@ -125,7 +126,7 @@ def _with_delta(
             model = FastDiffFitDiT._of_file(
                 file, num_classes=config["num_classes"], input_size=config["input_size"],
                 pos_embed=header["pos_embed_scale"], class_dropout_prob=config["class_dropout_prob"],
-                difffit=difffit, compute_dtype=compute_dtype,
+                difffit=difffit, compute_dtype=compute_dtype, objective=header.get("objective"),
             )  # fmt: skip
     model.load_delta(delta)
     return model

@@ -48,7 +48,7 @@ def merge(model: DiT, dtype: torch.dtype = torch.float32) -> DiT:
     """
     device = model.pos_embed.device
     with torch.device("meta"):
-        dit = DiT(**model.config)
+        dit = DiT(**model.config, objective=model.objective)
     dit = dit.to(dtype).to_empty(device=device)
     own = {name: p for name, p in model.state_dict().items() if ".gamma" not in name and ".norm" not in name}
     dit.load_state_dict(own)

@@ -11,13 +11,13 @@ import torch
 from .dit import DiT
 
 
-def random_dit(config: Mapping[str, Any], seed: int, *, alive: bool = True) -> DiT:
+def random_dit(config: Mapping[str, Any], seed: int, *, alive: bool = True, objective: str | None = None) -> DiT:
     """The DiT of these constructor arguments whose weights come from ``seed``; no global generator is moved.
 
     A DiT starts as the zero function, which stays one while its weights are frozen: ``alive`` opens its gates a little.
     """
     with seeded(seed):
-        dit = DiT(**config)
+        dit = DiT(**config, objective=objective)
         if alive:
             linears = [block.adaLN_modulation[1] for block in dit.blocks]
             with torch.no_grad():

@@ -33,7 +33,9 @@ from .._files import read_json, safetensors_metadata
 from .._words import first_line, shown
 from ..errors import DiffFitError
 from .bases import base_names, model_path
+from .diffusers_keys import PIPELINE_FILE, from_diffusers, is_diffusers, read_config
 from .dit import STATE_DICT_KEY
+from .foreign import is_foreign, parts, say_left_out
 from .header import decode_header
 
 ANCHOR = "x_embedder.proj.weight"
@@ -41,12 +43,12 @@ ROOTS = frozenset({"x_embedder", "t_embedder", "y_embedder", "pos_embed", "block
 WRAPPERS = frozenset({
     "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module",
 })  # fmt: skip
-# Parts beside a DiT in the checkpoints of others, which a DiT does not need.
-IGNORED = {"projectors": "the projectors of REPA", "n_averaged": "the counter of an average"}
+COUNTER = "n_averaged"  # of an average of weights; no part of the model
 INDEX_FILES = (
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors.index.json",
     "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin.index.json",
 )
 WEIGHT_FILES = (
     "model.safetensors",
@@ -68,6 +70,7 @@ class Weights:
         names: all sets in the file.
         header: strings of a header, see :mod:`.header`; empty where there is none.
         arguments: of the training script (``args``, ``hyper_parameters``), empty where there are none.
+        left_out: the foreign parts beside the DiT, in words, see :mod:`.foreign`.
     """
 
     state: dict[str, Tensor]
@@ -76,6 +79,7 @@ class Weights:
     names: tuple[str, ...] = ("",)
     header: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
@@ -97,6 +101,8 @@ def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
         content, strings = _read_safetensors(path), safetensors_metadata(path)
     else:
         content, strings = _read_torch(path), {}
+    if isinstance(content, Mapping) and is_diffusers(content):
+        content, strings = from_diffusers(content, read_config(path), str(path))
     found = find_weights(content, str(path), weights, strings)
     if key := next((key for key, tensor in found.state.items() if tensor.device.type == "meta"), None):
         raise DiffFitError(f"{path}: {key} has a shape but no values (it was saved on the device meta)")
@@ -121,8 +127,10 @@ def find_weights(
     name = _choose(sets, content, source, weights)
     found = sets[name]
     check_finite(found.state, source)
+    left_out = tuple(parts(found.foreign))
+    say_left_out(left_out, source)
     header = dict(strings or {}) or _header_beside(found.containers, source)
-    return Weights(found.state, source, name, tuple(sorted(sets)), header, _arguments(content))
+    return Weights(found.state, source, name, tuple(sorted(sets)), header, _arguments(content), left_out)
 
 
 # -- sets of weights ---------------------------------------------------------------------------------------------------
@@ -131,6 +139,7 @@ class _Set:
     state: dict[str, Tensor]
     averaged: bool
     containers: list[Mapping[Any, Any]]
+    foreign: list[str]
 
 
 def weight_sets(content: Mapping[Any, Any], source: str) -> dict[str, _Set]:
@@ -160,18 +169,18 @@ def weight_sets(content: Mapping[Any, Any], source: str) -> dict[str, _Set]:
         for home in homes:
             if odd := [key for key, value in home.items() if not isinstance(key, str) and isinstance(value, Tensor)]:
                 raise DiffFitError(f"{source} is not a DiT: it has a tensor under {shown(odd[0])}, which is no name")
-        state, averaged = {}, _is_averaged(start)
+        state, foreign, averaged = {}, [], _is_averaged(start)
         for key, tensor, container in members:
             root = key.split(".")[0]
             if root in ROOTS:
                 state[key] = tensor
             elif any(container is home for home in homes):  # what lies elsewhere (an optimizer) is not the model's
-                averaged |= root == "n_averaged"
-                if root not in IGNORED:
+                averaged |= root == COUNTER
+                if is_foreign(key):
+                    foreign.append(key)
+                elif root != COUNTER:
                     raise DiffFitError(f"{source} is not a DiT: it has the unknown key {start}{key}{_hint(key)}")
-        if any(key.split(".")[0] == "projectors" for key, _, _ in members):
-            warnings.warn(f"{source}: {IGNORED['projectors']} are left out", stacklevel=2)
-        sets[start.rstrip(".")] = _Set(state, averaged, homes)
+        sets[start.rstrip(".")] = _Set(state, averaged, homes, foreign)
     return sets
 
 
@@ -248,7 +257,7 @@ def _hint(key: str) -> str:
     if "_flat_param" in key:
         return "; it was saved by FSDP with flattened parameters: save it with StateDictType.FULL_STATE_DICT"
     if key.startswith("transformer_blocks."):
-        return "; it looks like a transformer of diffusers, whose keys are others"
+        return "; it looks like a transformer of diffusers: give its folder, with config.json"
     if "decoder" in key or key.startswith("encoder."):
         return "; it looks like an autoencoder"
     return ""
@@ -325,6 +334,8 @@ def _file(path: Path) -> Path:
         bases = base_names() if path.parent == Path() and not path.suffix else []
         named = f"; the bases that come with the package are {', '.join(bases)}" if bases else ""
         raise DiffFitError(f"checkpoint not found: {path}{where}{named}")
+    if (path / PIPELINE_FILE).is_file() or (path / "transformer").is_dir():
+        path = path / "transformer"  # of a pipeline of diffusers
     for name in (*INDEX_FILES, *WEIGHT_FILES):
         if (path / name).is_file():
             return path / name
@@ -333,8 +344,6 @@ def _file(path: Path) -> Path:
             f"{path} is a distributed checkpoint; bring it into one file first: "
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt"
         )
-    if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
-        raise DiffFitError(f"{path} is a pipeline of diffusers, whose keys are others; a DiT checkpoint is expected")
     if any(path.glob("*mp_rank_*")) or any(path.glob("*zero_pp_rank_*")):
         raise DiffFitError(
             f"{path} is a checkpoint of DeepSpeed; bring it into one file first with its zero_to_fp32.py"

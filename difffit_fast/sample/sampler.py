@@ -25,6 +25,7 @@ from ..models.dit import guided_forward, num_guided_channels
 
 DDPM_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 SAMPLERS = (*DDPM_SAMPLERS, *FLOW_SAMPLERS)
+SAMPLERS_OF = {"ddpm": DDPM_SAMPLERS, "flow": FLOW_SAMPLERS}  # by what the model was trained to predict
 
 
 class NonFiniteSampleError(DiffFitError):
@@ -87,6 +88,12 @@ class Sampler:
         check_number("atol", atol, POSITIVE)
         if eta > 1:
             raise DiffFitError(f"eta must be at most 1; got {eta}")
+        objective = getattr(model, "objective", None)
+        if objective is not None and sampler not in SAMPLERS_OF[objective]:
+            raise DiffFitError(
+                f"the sampler {sampler} is not for a model of the objective {objective}, which takes "
+                f"{', '.join(SAMPLERS_OF[objective])}"
+            )
         self.model = model if device is None else model.to(device)
         self.device = next(model.parameters()).device
         self.sampler = sampler

@@ -41,15 +41,18 @@ def read_base(config: TrainConfig) -> ModelFile | None:
     return file.expect(flag="--model-args", **{k: v for k, v in config.model_args.items() if k != "num_heads"})
 
 
-def objective_of(config: TrainConfig, base: ModelFile | None) -> str:
+def objective_of(config: TrainConfig, base: ModelFile | None, model: nn.Module | None = None) -> str:
     """What the model learns to predict: as the settings say, else as the checkpoint records, else by the model's family.
+
+    ``model``: one that was given instead of a checkpoint.
 
     Raises:
         DiffFitError: the settings contradict the model.
     """
-    known = base.objective if base is not None else model_objective(config.model)
+    given = getattr(model, "objective", None)
+    known = base.objective if base is not None else given or model_objective(config.model)
     if config.objective and known and config.objective != known:
-        what = config.ckpt if base is not None else f"--model {config.model}"
+        what = config.ckpt if base is not None else "the model" if given else f"--model {config.model}"
         raise DiffFitError(f"--objective {config.objective} was asked for, but {what} predicts by {known}")
     return config.objective or known or "ddpm"
 
@@ -81,9 +84,10 @@ def build_model(
     """
     _check_model_args(config, num_classes=num_classes, input_size=input_size, in_channels=channels)
     file = base if base is not None else read_base(config)
+    objective = objective_of(config, file)
     with seeded(config.global_seed), _value_errors():
         if file is None:
-            dit = _random_base(config, channels, input_size, num_classes)
+            dit = _random_base(config, objective, channels, input_size, num_classes)
         else:
             if file.config["in_channels"] != channels:
                 raise DiffFitError(
@@ -98,7 +102,7 @@ def build_model(
                     "(--class-dropout-prob 0.1 adds one)",
                     stacklevel=2,
                 )
-            dit = file.adapt(
+            dit = file.predicting(objective).adapt(
                 num_classes=num_classes, input_size=input_size, null_class=null, class_names=class_names,
                 classes=config.classes,
             ).dit()  # fmt: skip
@@ -126,7 +130,7 @@ def _check_model_args(config: TrainConfig, **known: int) -> None:
             raise DiffFitError(f"--model-args has {key}={config.model_args[key]}, but by {why} it is {value}")
 
 
-def _random_base(config: TrainConfig, channels: int, input_size: int, num_classes: int) -> DiT:
+def _random_base(config: TrainConfig, objective: str, channels: int, input_size: int, num_classes: int) -> DiT:
     if config.classes == "keep":
         raise DiffFitError("--classes keep keeps the rows of a checkpoint; give --ckpt")
     sizes = {"class_dropout_prob": 0.1, **model_sizes(config.model or DEFAULT_MODEL), **config.model_args}
@@ -135,7 +139,7 @@ def _random_base(config: TrainConfig, channels: int, input_size: int, num_classe
     if config.num_heads is not None:
         sizes["num_heads"] = config.num_heads
     sizes |= dict(input_size=input_size, in_channels=channels, num_classes=num_classes)
-    return random_dit(sizes, config.global_seed, alive=config.method != "full")
+    return random_dit(sizes, config.global_seed, alive=config.method != "full", objective=objective)
 
 
 def _with_method(base: DiT, config: TrainConfig, dtype: torch.dtype) -> nn.Module:

@@ -140,7 +140,7 @@ def _model_and_objective(
 ) -> tuple[nn.Module, Objective]:
     """The model, as it was given or as the settings ask for it, and the loss that suits it."""
     dtype = DTYPES[config.precision]
-    config = config.replace(objective=objective_of(config, base))
+    config = config.replace(objective=objective_of(config, base, model))
     if model is None:
         model = build_model(
             config, channels=source.channels, input_size=source.size, num_classes=len(class_names), dtype=dtype, base=base,

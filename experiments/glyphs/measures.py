@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 from alphabet import ALPHABETS, Glyphs
-from reader import NAMES, Reader, as_input, load_reader, without_case
+from reader import NAMES, SIDE, Reader, as_input, load_reader, without_case
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from difffit_fast.diffusion import create_diffusion
 from difffit_fast.errors import DiffFitError
 from difffit_fast.evaluate import RunningStatistics, frechet_distance
 
 RARE = 0.01  # share of real glyphs that may pass for copies
-NOTHING = 1e-4  # a distance, or a quotient of two, that rounding makes of zero
+NOTHING = 1e-5  # a distance that rounding may make of zero
 
 
 # -- read by the instrument --------------------------------------------------------------------------------------------
@@ -84,15 +85,15 @@ def nearest(images: Tensor, others: Tensor, batch: int = 1024) -> Tensor:
     """
     a, b = ((as_input(x) + 1) / 2 for x in (images, others))
     result = torch.full((len(a),), torch.inf)
-    for there in b.split(batch):
-        for shift in ((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)):
-            moved = torch.roll(there, shift, (2, 3)).flatten(1)
+    for there in F.pad(b, (1, 1, 1, 1)).split(batch):
+        for down, right in ((down, right) for down in range(3) for right in range(3)):
+            moved = there[:, :, down : down + SIDE, right : right + SIDE].flatten(1)
             ink = (moved**2).sum(1)
             for first, here in zip(range(0, len(a), batch), a.flatten(1).split(batch), strict=True):
                 total = (here**2).sum(1, keepdim=True) + ink
                 distance = (1 - 2 * (here @ moved.T) / total.clamp_min(1e-6)).min(1).values
                 result[first : first + batch] = torch.minimum(result[first : first + batch], distance)
-    return result.clamp_min(0)
+    return torch.where(result < NOTHING, 0, result)
 
 
 def copy_threshold(shown: Tensor, held_out: Tensor, families: Sequence[str], rare: float = RARE) -> float:

@@ -218,7 +218,7 @@ def _between(count: int, low: float, high: float, generator: torch.Generator) ->
 
 
 class _Draw:
-    """Places in sets of glyphs: each set as often as every other, and so each font within it."""
+    """Glyphs at random from sets: each set as often as every other, and so each glyph within it."""
 
     def __init__(self, sets: list[Glyphs], generator: torch.Generator) -> None:
         self.sets, self.generator = sets, generator
@@ -247,6 +247,7 @@ def train_reader(
         reader = Reader()
         optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, weight_decay=2e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+        # A plain glyph counts as little for the style as makes the base no likelier than any other one.
         weight = torch.tensor([counts["styles"] / len(STYLES) / counts["base"]] + [1.0] * len(STYLES))
         for step in range(steps):
             plain, made_up, styled = base(counts["base"]), base(counts["made up"]), styles(counts["styles"])
@@ -291,7 +292,11 @@ def test_reader(reader: Reader, data: Path) -> dict[str, dict[str, float]]:
 
     ``letters``: the character; ``cases_merged``: of letters, see :func:`without_case`; ``style``.
     """
-    folders = ["base/val", *(f"domains/{s}/{p}" for s in (*STYLES, "digits", "greek") for p in PARTS if p != "reader")]
+    folders = [
+        "base/val",
+        "demo",
+        *(f"domains/{s}/{p}" for s in (*STYLES, "digits", "greek") for p in PARTS if p != "reader"),
+    ]
     result = {}
     for folder in folders:
         glyphs = load(data / folder)
@@ -299,7 +304,7 @@ def test_reader(reader: Reader, data: Path) -> dict[str, dict[str, float]]:
         found = reading.characters[glyphs.alphabet].argmax(1)
         line = {"images": len(glyphs), "letters": _share(found == glyphs.labels)}
         if glyphs.alphabet == "letters":
-            style = NAMES.index(folder.split("/")[1] if folder.startswith("domains/") else BASE)
+            style = NAMES.index({"demo": "handwriting", "base/val": BASE}.get(folder) or folder.split("/")[1])
             line["cases_merged"] = _share(without_case(found) == without_case(glyphs.labels))
             line["style"] = _share(reading.style.argmax(1) == style)
         result[folder] = line
