@@ -4,9 +4,9 @@
 The base that comes with the package (a DiT of 1.9 M parameters, trained on the fonts of experiments/glyphs) is adapted to
 ``examples/hand/shown`` three ways: by DiffFit as it is set by default, by full fine-tuning at DiT's own learning rate, and at a
 tenth of that, which somebody has to think of. Measured is what a person would want of it: is the loss on the 32 letters
-that were *not* shown smaller, are samples legible, are they copies, does the base still know what it knew, how many images a
-second, how many bytes to keep. Writes a table, a figure and the three results to ``demo_output/``; ``--publish`` puts table and
-figure under ``benchmarks/results`` and into the README as well.
+that were *not* shown smaller, are samples legible, are they copies of others, does the base still know what it knew, how many
+images a second, how many bytes to keep. Writes a table, a figure and the three results to ``demo_output/``; ``--publish``
+puts table and figure under ``benchmarks/results`` and into the README as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "experiments" / "glyphs"), str(ROOT / "benchmarks")]
 from alphabet import LETTERS, Glyphs, load  # noqa: E402
 from common import RESULTS, slug  # noqa: E402
 from machine import device_name  # noqa: E402
-from measures import Instrument, letters_read  # noqa: E402
+from measures import Instrument, letters_read, nearest  # noqa: E402
 
 from difffit_fast import Sampler, build_info, create_diffusion  # noqa: E402
 from difffit_fast.models.load import load_model  # noqa: E402
@@ -128,11 +128,18 @@ def speeds(base: str, shown: Glyphs, device: torch.device, rounds: int = 12) -> 
 def measure(
     instrument: Instrument, model: nn.Module, shown: Glyphs, asked: Glyphs, own: Glyphs
 ) -> tuple[dict[str, Any], Tensor]:
-    """Losses, letters read and copies of a model, and a sample of every letter."""
+    """Losses, letters read and copies of a model, and a sample of every letter.
+
+    Copies are looked for among samples of letters that were not shown: those which are nearer to one that was than any real
+    letter of the hand is.
+    """
     labels = torch.arange(len(LETTERS)).repeat(4)
     sampler = Sampler(model, "ddim", num_sampling_steps=25, cfg_scale=2.0, batch_size=104)
     samples = sampler.sample(labels, seed=0).cpu()
     found = instrument.measures(samples, labels, "handwriting", shown, asked, own)
+    fresh = samples[torch.isin(labels, asked.labels)]
+    chance = nearest(asked.images, shown.images).min()  # c and C of one hand are alike
+    found["memorised"] = float((nearest(fresh, shown.images) < chance).double().mean())
     found |= {"loss": instrument.loss(model, asked), "loss_own": instrument.loss(model, own)}
     return found, samples[: len(LETTERS)]
 
@@ -247,7 +254,8 @@ def main() -> int:
     (args.out / "table.txt").write_text(text + "\n")
     print(f"\n{text}\n\nin {args.out}/: demo.png, table.txt, demo.json and the runs; {minutes:.1f} minutes")
     if args.publish:
-        where = RESULTS / slug(device_name(device))
+        where = RESULTS / slug(device_name(device).replace(",", ""))
+        where.mkdir(parents=True, exist_ok=True)
         for name in ("demo.json", "demo.png"):
             shutil.copyfile(args.out / name, where / name)
         import plots

@@ -30,11 +30,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # reporting.py, which all experiments share
 
+import numpy as np
 import torch
 import yaml
 from alphabet import LETTERS, family_of, load
 from domains import HERE, Bench, save_strip
 from measures import Instrument, letters_read, memorised
+from PIL import Image
 from plan import make_spec
 from reporting import save_figure, table
 
@@ -45,6 +47,7 @@ from difffit_fast.models.bases import FOLDER
 from difffit_fast.models.header import read_header, write_model_file
 from difffit_fast.models.load import load_model
 from difffit_fast.models.state_dict import read_weights
+from difffit_fast.sample.images import save_png
 from difffit_fast.train.track import METRICS_FILE, read_metrics
 
 DOCS = HERE.parent.parent / "docs" / "experiments"
@@ -73,8 +76,8 @@ def pack(checkpoint: Path, out: Path) -> None:
 
 
 # -- the gate ----------------------------------------------------------------------------------------------------------
-def measure(path: Path, curve: list[dict[str, Any]], data: Path) -> dict[str, Any]:
-    """Every number of the gate, of the base in ``path``."""
+def measure(path: Path, curve: list[dict[str, Any]], data: Path, strips: Path) -> dict[str, Any]:
+    """Every number of the gate, of the base in ``path``; lines of samples go into the folder ``strips``."""
     instrument = Instrument(data / "reader.safetensors")
     model = load_model(str(path)).model.eval()
     train, val = load(data / "base" / "train"), load(data / "base" / "val")
@@ -96,7 +99,7 @@ def measure(path: Path, curve: list[dict[str, Any]], data: Path) -> dict[str, An
     for shown in SHOWN:
         spec = make_spec(plan, sha256(path), "difffit_default", "handwriting", shown, 0, rate, plan["default_steps"])
         with tempfile.TemporaryDirectory() as folder:
-            run = bench.run(spec, Path(folder) / "run", DOCS / f"glyphs_base_{shown}.png")
+            run = bench.run(spec, Path(folder) / "run", strips / f"{shown}.png")
         kept = (
             "letters",
             "letters_real",
@@ -110,7 +113,7 @@ def measure(path: Path, curve: list[dict[str, Any]], data: Path) -> dict[str, An
         )
         result[f"adapted_{shown}"] = {key: run[key] for key in kept}
         say(result[f"adapted_{shown}"])
-    save_strip(samples.clamp(-1, 1).add(1).mul(127.5).byte(), labels, DOCS / "glyphs_base_samples.png", across=208)
+    save_strip(samples.clamp(-1, 1).add(1).mul(127.5).byte(), labels, strips / "samples.png", across=208)
     return result
 
 
@@ -189,6 +192,20 @@ def draw(folder: Path) -> None:
     save_figure(folder / "glyphs_base.png", figure)
 
 
+def draw_sheet(strips: Path, path: Path, side: int = 24, across: int = 26) -> None:
+    """Samples of the base, what was shown, samples of the adapted models and real glyphs, one under another."""
+    rows: list[np.ndarray] = []
+    for name in ("samples", *(f"{n}{part}" for n in SHOWN for part in (".shown", "")), f"{SHOWN[0]}.held-out"):
+        strip = np.asarray(Image.open(strips / f"{name}.png").convert("L"))
+        for start in range(0, strip.shape[1], side * across):
+            row = np.full((side + 2, side * across), 96, np.uint8)
+            part = strip[:, start : start + side * across]
+            row[:side, : part.shape[1]] = part
+            rows.append(row)
+        rows.append(np.full((6, side * across), 96, np.uint8))
+    save_png(np.concatenate(rows).repeat(2, 0).repeat(2, 1), path)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="folder of the run of base.yaml")
@@ -209,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = yaml.safe_load((args.run / "config.yaml").read_text(encoding="utf-8"))
         families = {family_of(font) for font in manifest["sets"]["base/train"]["fonts"]}
         licences = Counter(manifest["families"][family]["licence"] for family in families)
-        found = measure(candidate, curve, args.data)
+        strips = args.data / "base-strips"
+        found = measure(candidate, curve, args.data, strips)
+        draw_sheet(strips, DOCS / "glyphs_base_sheet.png")
         report = {
             "sha256": sha256(candidate), "data": manifest["sha256"], "measured": found, "gate": gate(found),
             "step": header["step"], "batch": settings["global_batch_size"], "architecture": header["architecture"],
