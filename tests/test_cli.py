@@ -171,7 +171,7 @@ BAD: dict[str, tuple[Case, str]] = {
     ),
     "delta of another base": (
         lambda i, b, f: ["export", "--to", "dit", "--ckpt", b, "--delta", _delta_of_another_base(f), "--out", f / "o.pt"],
-        "was made on the base .*; the model's base is",
+        "was made on another base: its weights have the hash .*, the model.s",
     ),
     "checkpoint given as delta": (
         lambda i, b, f: ["export", "--to", "dit", "--ckpt", b, "--delta", b, "--out", f / "o.pt"], "delta"

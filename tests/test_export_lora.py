@@ -22,7 +22,8 @@ from difffit_fast.cli import main
 from difffit_fast.errors import DeltaMismatchError
 from difffit_fast.interop import export_lora, export_peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComfyUI passes over")
+# Eleven classes in every format: longer than the rest of the suite should take.
+pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore:ComfyUI passes over")]
 NAMES = sorted(zoo.ZOO)
 NO_BIAS = ("Flux2Transformer2DModel", "AuraFlowTransformer2DModel")  # a bias would be added, which has no place
 

@@ -28,6 +28,9 @@ from difffit_fast import DiffFitConfig, DiffFitError, apply_difffit
 from difffit_fast.peft import DiffFitLayer, DiffFitPeftConfig
 from difffit_fast.peft.tuner import register
 
+# PEFT's public behaviour for many classes: longer than the rest of the suite should take.
+pytestmark = pytest.mark.reliability
+
 
 class Custom(nn.Module):
     """A model that is not from any library."""

@@ -403,7 +403,7 @@ def test_load_model_errors(files, tmp_path):
         load_model(None, files / "delta.safetensors")
     other = random_model(seed=9)
     torch.save(other.state_dict(), tmp_path / "other.pt")
-    with pytest.raises(DeltaMismatchError, match="was made on the base"):
+    with pytest.raises(DeltaMismatchError, match="was made on another base"):
         load_model(tmp_path / "other.pt", files / "delta.safetensors")
     odd = dict(other.state_dict(), **{"blocks.0.gamma1": torch.ones(24)})
     torch.save(odd, tmp_path / "odd.pt")
