@@ -149,8 +149,14 @@ def pipeline(tmp_path: Path) -> Path:
     {
         "norm": ({"norm_type": "layer_norm"}, "has norm_type 'layer_norm'; a DiT has ada_norm_zero"),
         "class": ({"_class_name": "PixArtTransformer2DModel"}, "has _class_name 'PixArtTransformer2DModel'"),
-        "size": ({"sample_size": -8}, "sample_size in config.json should be a positive number; it is -8"),
-        "heads": ({"num_attention_heads": "many"}, "num_attention_heads in config.json should be a positive number"),
+        "size": ({"sample_size": -8}, "sample_size in config.json should be a number from 1 to .*; it is -8"),
+        "heads": ({"num_attention_heads": "many"}, "num_attention_heads in config.json should be a number"),
+        "dropout": (
+            {"class_dropout_prob": "often"},
+            "class_dropout_prob in config.json should be a number from 0 to 1",
+        ),
+        "scale": ({"pos_embed_scale": None, "num_attention_heads": 5}, "makes no DiT|heads"),
+        "positions": ({"pos_embed_scale": [1]}, "pos_embed_scale in config.json should be a number"),
         "classes": ({"num_classes": 2000}, "records 2000 classes, but its table has 1001 rows"),
     }.values(),
 )
@@ -173,6 +179,14 @@ def test_keys_that_are_no_dit(pipeline: Path, tmp_path: Path) -> None:
         read_model(pipeline)
     save_file({**state, "proj_out_2.bias": lost * float("nan")}, weights)
     with pytest.raises(DiffFitError, match="NaN"):
+        read_model(pipeline)
+    flat = state["pos_embed.proj.weight"].flatten()
+    save_file({**state, "proj_out_2.bias": lost, "pos_embed.proj.weight": flat}, weights)
+    with pytest.raises(DiffFitError, match="pos_embed.proj.weight should have 4 dimensions"):
+        read_model(pipeline)
+    narrow = state["transformer_blocks.0.attn1.to_k.weight"][:, :7].contiguous()
+    save_file({**state, "proj_out_2.bias": lost, "transformer_blocks.0.attn1.to_k.weight": narrow}, weights)
+    with pytest.raises(DiffFitError, match=r"weights of transformer_blocks.0.attn1 do not fit each other"):
         read_model(pipeline)
     save_file({**state, "proj_out_2.bias": lost}, tmp_path / "alone.safetensors")
     with pytest.raises(DiffFitError, match="keys of diffusers and no config.json beside it"):
@@ -251,7 +265,15 @@ def test_a_folder_to_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         main(
             [
                 "train",
-                *flags(data_path=images, max_steps=2, sample_every=2, num_samples=3, val_fraction=0.3, val_every=1),
+                *flags(
+                    data_path=images,
+                    max_steps=2,
+                    sample_every=2,
+                    num_samples=3,
+                    val_fraction=0.3,
+                    val_every=1,
+                    ckpt_every=1,
+                ),
             ]
         )
         == 0
@@ -272,7 +294,14 @@ def test_a_folder_to_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert main(command) == 2 and main([*command, "--overwrite"]) == 0
     assert "**not said**" in Path("published/README.md").read_text()
 
+    assert main([*command, "--overwrite", "--ckpt", "none.pt"]) == 2  # a base that it does not belong to is not named
+    assert "**not said**" in Path("published/README.md").read_text()
+    early = delta.with_name("0000001.safetensors")  # what the run measured and drew later is not of it
+    assert main(["export", "--to", "hub", "--delta", str(early), "--out", "early"]) == 0
+    assert not Path("early/samples.png").exists() and "| 2 |" not in Path("early/README.md").read_text()
+
     torch.save(lively(DiT(**SIZES)).state_dict(), "base.pt")
+    assert main([*command, "--overwrite", "--ckpt", "base.pt"]) == 2
     assert main(["export", "--to", "hub", "--ckpt", "base.pt", "--out", "whole"]) == 0
     whole = read_model("whole/model.safetensors").dit()
     assert torch.equal(whole.pos_embed, DiT(**SIZES).pos_embed) and whole.config == DiT(**SIZES).config

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-# What of the delta's metadata still holds for the merged model, and helps whoever samples from it.
-KEPT = ("class_names", "image_size", "vae", "objective", "step", "architecture")
 TARGETS = {
     "dit": "an ordinary DiT checkpoint, .pt or .safetensors, with the delta folded in (computed in float32)",
     "diffusers": "a folder that DiTPipeline reads, with the delta folded in",
@@ -50,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _merged(args: argparse.Namespace) -> tuple[Any, dict[str, Any], Any]:
     """The ordinary DiT in float32 (nothing is rounded before the merge), what its header keeps, and its source."""
+    from ..models.header import OF_MODELS
     from ..models.load import load_model
 
     loaded = load_model(args.ckpt, args.delta, merge=args.delta is not None)
-    return loaded.model, {key: loaded.header[key] for key in KEPT if key in loaded.header}, loaded
+    return loaded.model, {key: loaded.header[key] for key in OF_MODELS if key in loaded.header}, loaded
 
 
 def _dit(args: argparse.Namespace, out: Path) -> None:

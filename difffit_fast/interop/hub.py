@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .._files import new_folder, read_yaml, write_text
 from ..errors import DiffFitError
 from ..models.checkpoint import read_model
 from ..models.delta import read_delta
-from ..models.header import write_model_file
-from ..models.load import RUN_SETTINGS
+from ..models.header import OF_MODELS, write_model_file
+from ..models.load import RUN_SETTINGS, load_model
 from ..models.sizes import model_name
 from ..train.track import read_metrics
 
-KEPT = ("class_names", "image_size", "vae", "objective", "step", "architecture", "config", "pos_embed_scale")
 RECIPE = (
     "method", "difffit", "lr", "lr_schedule", "warmup_steps", "global_batch_size", "max_steps", "ema_decay", "weight_decay",
     "max_grad_norm", "flip", "precision", "global_seed",
@@ -51,21 +53,28 @@ def export_card(
         raise DiffFitError("expected a checkpoint or a delta to publish; got neither")
     run = None if delta is None else Path(delta).resolve().parent.parent
     settings = read_yaml(run / RUN_SETTINGS) if run is not None and (run / RUN_SETTINGS).is_file() else {}
+    if delta is not None and ckpt is not None:
+        load_model(ckpt, delta)  # else the card could name a base that it does not belong to
     with new_folder(folder, overwrite=overwrite) as out:
         if delta is None:
             file = read_model(ckpt)
             file.check_keys(file.skeleton())
-            header = {key: file.header[key] for key in KEPT if key in file.header}
+            header = {key: file.header[key] for key in OF_MODELS if key in file.header}
+            if header.get("vae") and Path(header["vae"]).is_dir():
+                del header["vae"]  # a folder of this machine
             header |= {"config": file.config, "pos_embed_scale": file.pos_embed_scale, "objective": file.objective}
             write_model_file(out / "model.safetensors", "model", file.state, header)
             header |= {"architecture": file.name, "image_size": file.image_size}
         else:
             _, header = read_delta(delta)
             shutil.copyfile(delta, out / "delta.safetensors")
-        grids = sorted((run / "samples").glob("*.png")) if run is not None else []
+        # A run goes on after the step that is published: nothing later is of it.
+        last = header.get("step", math.inf)
+        grids = sorted((run / "samples").glob("[0-9]*.png")) if run is not None else []
+        grids = [grid for grid in grids if grid.stem.isdecimal() and int(grid.stem) <= last]
         if grids:
             shutil.copyfile(grids[-1], out / "samples.png")
-        metrics = read_metrics(run) if settings else []
+        metrics = [line for line in read_metrics(run) if line["step"] <= last] if settings else []
         base = base_model or (Path(str(ckpt or settings.get("ckpt") or "")).name if delta is not None else "")
         write_text(
             out / "README.md",
@@ -80,11 +89,11 @@ def card(
     """The text of ``README.md``, with the front matter that hubs read."""
     is_delta = header.get("kind") == "delta"
     architecture = header.get("architecture") or model_name(header["config"], header.get("objective"))
-    front = ["library_name: difffit_fast", "pipeline_tag: unconditional-image-generation"]
-    front += [f"license: {license}"] if license else []
-    front += [f"base_model: {base_model}", "base_model_relation: adapter"] if base_model and is_delta else []
-    front += ["tags:", "- diffusion-transformer", *(["- difffit"] if is_delta else [])]
-    lines = ["---", *front, "---", "", f"# {name}", ""]
+    front: dict[str, Any] = {"library_name": "difffit_fast", "pipeline_tag": "unconditional-image-generation"}
+    front |= {"license": license} if license else {}
+    front |= {"base_model": base_model, "base_model_relation": "adapter"} if base_model and is_delta else {}
+    front["tags"] = ["diffusion-transformer", *(["difffit"] if is_delta else [])]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {name}", ""]
     if is_delta:
         lines.append(
             f"A delta of {header.get('step', '?')} steps of DiffFit on {architecture}: biases, scales γ and what else trained, "
@@ -94,7 +103,7 @@ def card(
         lines += ["", f"It belongs to the base with the hash `{hashed}` and is refused by others." if hashed else ""]
     else:
         lines.append(f"{architecture}, an ordinary checkpoint.")
-    pixels, vae = header.get("image_size"), header.get("vae")
+    pixels, vae = header.get("image_size"), _public(header.get("vae"))
     facts = [
         ["images", f"{pixels} × {pixels} pixels" if pixels else "not recorded"],
         ["autoencoder", {"none": "none, pixels"}.get(vae, vae) or "not recorded"],
@@ -123,6 +132,11 @@ def card(
     given = f"--ckpt {base or 'BASE'} --delta {file}" if is_delta else f"--ckpt {file}"
     lines += ["", "## Use", "", "```", "pip install difffit_fast", f"difffit sample {given}", "```", ""]
     return "\n".join(lines)
+
+
+def _public(vae: str | None) -> str | None:
+    """The name of an autoencoder as others can use it: a folder of this machine has only its name."""
+    return f"a folder, {Path(vae).resolve().name}" if vae and Path(vae).is_dir() else vae
 
 
 def _classes(header: dict[str, Any]) -> str:

@@ -109,15 +109,15 @@ def export_lora(
     check_target(file, "file")
     prefix = LAYOUTS[layout] if prefix is None else prefix
     tensors: dict[str, Tensor] = {}
-    with_delta = _with_delta(model, delta)
+    ready = with_delta(model, delta)
     try:
-        for change in _changes(with_delta):
+        for change in _changes(ready):
             name = ".".join(filter(None, (prefix, change.path)))
             name = name.replace(".", "_") if layout == "lycoris" else name
             for key, value in _written(change, layout).items():
                 tensors[f"{name}.{key}"] = value.to("cpu", torch.float32).contiguous()
     finally:
-        with_delta.unload()
+        ready.unload()
     if not tensors:
         raise DiffFitError(f"{delta} changes nothing in its base: there is nothing to write")
     if layout == "comfyui" and prefix == LAYOUTS[layout]:
@@ -142,7 +142,7 @@ def _warn_unread(classes: set[str], tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _with_delta(model: nn.Module, delta: str | os.PathLike[str]) -> Any:
+def with_delta(model: nn.Module, delta: str | os.PathLike[str]) -> Any:
     """``model`` with DiffFit applied as the delta says, and the delta in it; taken out again if it does not fit."""
     _, header = read_applied(delta)
     ready = apply_difffit(model, header["difffit"], add_bias=header["add_bias"], branch_ends=header.get("branch_ends"))

@@ -13,7 +13,7 @@ from .._extras import require
 from .._files import new_folder
 from ..apply.delta import read_applied
 from ..apply.merging import held_modules
-from .lora import _with_delta
+from .lora import with_delta
 
 
 def export_peft(
@@ -37,7 +37,7 @@ def export_peft(
     from ..peft import DiffFitPeftConfig
 
     _, header = read_applied(delta)
-    ready: Any = _with_delta(model, delta)
+    ready: Any = with_delta(model, delta)
     values = {path: {n: m._parameters[n].detach() for n in held.dtypes} for path, m, held in held_modules(ready)}
     ready.unload()
     asked = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -149,7 +149,11 @@ def from_diffusers(
     def take(key: str) -> Tensor:
         if key not in rest:
             raise DiffFitError(f"{source} lacks {key}, which every DiT of diffusers has")
-        return rest.pop(key)
+        tensor = rest.pop(key)
+        dims = 4 if key == "pos_embed.proj.weight" else 1 if key.endswith(".bias") else 2
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.dim() != dims or not tensor.numel():
+            raise DiffFitError(f"{source}: {key} should have {dims} dimensions; it is {tuple(tensor.shape)}")
+        return tensor
 
     depth = len({key.split(".")[1] for key in state if key.startswith("transformer_blocks.")})
     found: dict[str, Tensor] = {}
@@ -162,7 +166,10 @@ def from_diffusers(
             mine, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
             for here, there in _BLOCK.items():
                 found[f"{mine}{here}.{kind}"] = take(f"{theirs}{there}.{kind}")
-            found[f"{mine}attn.qkv.{kind}"] = torch.cat([take(f"{theirs}{part}.{kind}") for part in _QKV])
+            parts = [take(f"{theirs}{part}.{kind}") for part in _QKV]
+            if len({(p.shape[1:], p.dtype) for p in parts}) > 1:
+                raise DiffFitError(f"{source}: the {kind}s of {theirs}attn1 do not fit each other")
+            found[f"{mine}attn.qkv.{kind}"] = torch.cat(parts)
     table = _one(take, depth, MARK[1:], source)
     rest.pop("pos_embed.pos_embed", None)  # recomputed
     if rest:
@@ -203,10 +210,14 @@ def _checked(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, allowed in ASKED.items():
         if said.get(key, allowed[0]) not in allowed:
             raise DiffFitError(f"{source} has {key} {shown(said[key])}; a DiT has {' or '.join(map(str, allowed))}")
-    for key in (*DEFAULTS, "num_classes"):
+    numbers = {**dict.fromkeys((*DEFAULTS, "num_classes"), (int, 1, 1 << 20))}
+    numbers |= {"pos_embed_scale": ((int, float), 1e-6, 1e6), "class_dropout_prob": ((int, float), 0, 1)}
+    for key, (kind, low, high) in numbers.items():
         value = said.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 20:
-            raise DiffFitError(f"{source}: {key} in {CONFIG_FILE} should be a positive number; it is {shown(value)}")
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise DiffFitError(
+                f"{source}: {key} in {CONFIG_FILE} should be a number from {low:g} to {high:g}; it is {shown(value)}"
+            )
     if said.get("downscale_freq_shift", 1) != 0:
         warnings.warn(
             f"{source}: diffusers divides the exponents of the timestep frequencies by 127, a DiT by 128, as the published "

@@ -65,6 +65,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "val_loss": (-sys.float_info.max, sys.float_info.max),
     "random_base": (0, (1 << 64) - 1),
 }  # fmt: skip
+# What training knew that holds for the whole model too, once a delta is merged into it.
+OF_MODELS = ("class_names", "image_size", "vae", "objective", "step", "architecture")
 _PLAIN = ("format", "kind", "version", "base_hash")
 
 
