@@ -226,6 +226,8 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
         OSError: it cannot be written.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise DiffFitError(f"expected a folder with a name of its own, to be made; got {str(path)!r}")
     there = path.exists() or path.is_symlink()
     if there and not (path.is_dir() and (overwrite or not any(path.iterdir()))):
         raise DiffFitError(f"{path} is there{' and has something in it' if path.is_dir() else ' and is no folder'}")

@@ -205,6 +205,9 @@ def test_models_that_the_pipeline_cannot_sample(tmp_path: Path) -> None:
             export_pipeline(model, out)
     with pytest.raises(DiffFitError, match="expected 5 class names; got 2"):
         export_pipeline(DiT(**SIZES), out, class_names=["a", "b"])
+    for nameless in (".", tmp_path / ".."):
+        with pytest.raises(DiffFitError, match="a folder with a name of its own"):
+            export_pipeline(DiT(**SIZES), nameless, overwrite=True)
     with pytest.raises(DiffFitError, match="holds no VAE"):
         export_pipeline(DiT(**SIZES), out, vae=tmp_path)
     assert not list(tmp_path.iterdir())  # nothing half done
@@ -238,6 +241,8 @@ def test_the_walk_through_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base = lively(DiT(**SIZES | dict(num_classes=3)))
     export_pipeline(base, "base", class_names=["digit0", "digit1", "digit2"], vae=tiny_vae(tmp_path / "vae"))
     assert main(["inspect", "base"]) == 0
+    size = sum(file.stat().st_size for file in Path("base").rglob("*") if file.is_file()) / 2**20
+    assert f"{size:.2f} MiB in all files of the folder" in capsys.readouterr().out and size > 0.1
     images = digits(tmp_path / "images", each=4)
     words = [
         w for w in flags(data_path=images, ckpt="base", max_steps=2, image_size=64, vae="base/vae") if "=" not in w

@@ -186,7 +186,8 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 2**20:.2f} MiB"
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in files) / 2**20:.2f} MiB{' in all files of the folder' if path.is_dir() else ''}"
 
 
 def _text(value: Any) -> str:
