@@ -23,6 +23,8 @@ from difffit_fast.apply.families import FAMILIES
 from difffit_fast.apply.modules import FrozenLinear, FrozenScaledLinear, GeluReading, ScaledConv2d
 from difffit_fast.errors import DeltaMismatchError
 
+# Eleven classes of diffusers: longer than the rest of the suite should take.
+pytestmark = pytest.mark.reliability
 NAMES = sorted(zoo.ZOO)
 ONE = "SD3Transformer2DModel"  # where one class is enough
 QKV = ("qkv", "proj", "attn", "mlp")

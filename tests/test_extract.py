@@ -207,6 +207,7 @@ def _environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.reliability
 def test_killed_at_any_time_and_resumed_it_leaves_the_same_bytes(images, moments, vae_folder, tmp_path):
     out = tmp_path / "killed"
     arguments = _arguments(images, out, vae_folder)

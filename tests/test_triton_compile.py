@@ -82,6 +82,7 @@ def test_attention_multiplies_by_warp_groups(rows: list[dict]) -> None:
         assert row["HGMMA"] > row["fences"] and row["HMMA"] == 0, f"no products of warp groups, or one by one: {row}"
 
 
+@pytest.mark.reliability
 def test_attention_of_other_heads(tmp_path: Path) -> None:
     """80, 96 and 128 channels on sm_90; ``make kernels`` compiles all of them for every architecture."""
     names = [f"attention_{way}, d={size}" for way in ("forward", "backward") for size in (80, 96, 128)]
@@ -91,6 +92,7 @@ def test_attention_of_other_heads(tmp_path: Path) -> None:
         assert row["spill"] == 0 and row["HGMMA"] > row["fences"] and row["HMMA"] == 0, row
 
 
+@pytest.mark.reliability
 def test_attention_where_registers_are_few(tmp_path: Path) -> None:
     """The widest heads on every architecture; and tokens that no block divides, as no published model has, where masks take a
     few registers more than there are: the backward of the keys may spill a little there."""
@@ -104,6 +106,7 @@ def test_attention_where_registers_are_few(tmp_path: Path) -> None:
         assert row["spill"] <= (16 if ragged else 0) and (row["arch"] != 90 or row["HGMMA"] > row["fences"]), row
 
 
+@pytest.mark.reliability
 def test_every_published_width(tmp_path: Path) -> None:
     """The kernels that hold whole rows, and attention of the heads of 64 that go with these widths, on the newest."""
     names = [*ROW_KERNELS, "residual_adaln_backward, no dy", "attention_backward"]
