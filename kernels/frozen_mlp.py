@@ -87,14 +87,16 @@ def _gelu_backward_kernel(
 ):  # fmt: skip
     blocks: tl.constexpr = (N + COLS - 1) // COLS
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
-    chunk = tl.program_id(0) // blocks
-    sample = (chunk // chunks).to(tl.int64)
-    first = (chunk % chunks) * chunk_rows
-    count = tl.minimum(T - first, chunk_rows)
-    row = sample * T + first
+    chunk = (tl.program_id(0) // blocks).to(tl.int64)
     inside = cols < N
-    if BIAS:
+    first = chunk * chunk_rows
+    row = first
+    if BIAS:  # otherwise there is one sample, of all rows
+        sample = chunk // chunks
+        first = (chunk % chunks) * chunk_rows
+        row = sample * T + first
         bias = tl.load(bias_ptr + (sample * N + cols), mask=inside, other=0.0)
+    count = tl.minimum(T - first, chunk_rows).to(tl.int32)
     db = tl.zeros([SUB, COLS], dtype=tl.float32)
     dg_ptr += row * N
     u_ptr += row * N
@@ -113,7 +115,7 @@ def _gelu_backward_kernel(
             du = du + (du_i,)
         store_stack(du_ptr, du, start, count, cols, inside, N, SUB, COUNT)
         start += SUB * COUNT
-    tl.store(db_ptr + (chunk.to(tl.int64) * N + cols), tl.sum(db, axis=0), mask=inside)
+    tl.store(db_ptr + (chunk * N + cols), tl.sum(db, axis=0), mask=inside)
 
 
 def gelu_forward(u: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
