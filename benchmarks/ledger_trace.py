@@ -187,8 +187,6 @@ class Recorder(TorchDispatchMode):
 
         if isinstance(model, FastDiffFitDiT):  # its blocks are one operation, which the model's module calls
             stack.enter_context(mock.patch.object(fast_dit, "run_block", traced(fast_dit.run_block)))
-        elif hasattr(model, "_block"):
-            model._block = traced(model._block)
         else:
             for block in model.blocks:
                 block.forward = traced(block.forward)
@@ -235,11 +233,25 @@ def _cublaslt(recorder: Recorder) -> Any:
     return types.SimpleNamespace(linear_gelu=linear_gelu, dgelu_dgrad=dgelu_dgrad)
 
 
+class _Together:
+    """Weights side by side, as they lie on a device: one tensor for the same weights, of shapes only."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, weights: list[Tensor]) -> Tensor:
+        with _saying(None):
+            memory = tuple(w.untyped_storage()._cdata for w in weights)
+            if memory not in self.known:
+                self.known[memory] = weights[0].new_empty(sum(w.shape[0] for w in weights), *weights[0].shape[1:])
+            return self.known[memory]
+
+
 @contextlib.contextmanager
 def pretended_cuda(recorder: Recorder, device: str, choices: dict[str, str]) -> Iterator[None]:
     """What runs on ``_saying(CUDA)`` tensors sees a CUDA device of this kind."""
     from difffit_fast import _rooms, kernels
-    from difffit_fast.ops import linear_gelu, probe
+    from difffit_fast.ops import linear_gelu, probe, stacked
 
     capability = CAPABILITY[device]
 
@@ -265,6 +277,7 @@ def pretended_cuda(recorder: Recorder, device: str, choices: dict[str, str]) -> 
             replace(
                 linear_gelu, refusal=lambda *_: None, cuda_ops=lambda: _cublaslt(recorder), _aligned=Tensor.contiguous
             )
+        replace(stacked, together=_Together())  # there are no addresses to compare
         replace(FakeTensor, device=property(_said_device))
         replace(torch.backends.cudnn, is_available=lambda: True)
         replace(torch.cuda, get_device_capability=lambda _=None: capability, current_device=lambda: 0)
@@ -290,10 +303,6 @@ def build(mode: str, config: dict[str, Any], recorder: Recorder) -> nn.Module:
             if p is not None:
                 made = torch.empty(p.shape, dtype=p.dtype)
                 module._parameters[key] = nn.Parameter(made, requires_grad=p.requires_grad)
-    if isinstance(model, FastDiffFitDiT):
-        # There are no addresses to compare: packing asks for none of a tensor on "meta".
-        with recorder, _saying(torch.device("meta")):
-            model._pack()
     return model.train()
 
 

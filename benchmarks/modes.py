@@ -182,11 +182,8 @@ class Mode:
 def _by_blocks(model: nn.Module) -> nn.Module:
     """The same parameters in modules of their own, whose block is compiled."""
     twin = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
-    if isinstance(twin, PlainDiffFitDiT):  # its blocks run in a method of the model
-        twin._block = torch.compile(twin._block)
-    else:
-        for block in twin.blocks:
-            block.compile()
+    for block in twin.blocks:
+        block.compile()
     return twin
 
 

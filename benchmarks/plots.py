@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""The README's table of step times, and all plots, from the files under benchmarks/results/ and from nothing else.
+"""The README's tables, and all plots, from the files under benchmarks/results/ and from nothing else.
 
-    python benchmarks/plots.py              # rewrite the table between the markers and every plot
-    python benchmarks/plots.py --check      # write nothing; fail if the table is not what the files say
+    python benchmarks/plots.py              # rewrite the tables between the markers and every plot
+    python benchmarks/plots.py --check      # write nothing; fail if a table is not what the files say
 
-The table stands between the lines <!-- speed:begin --> and <!-- speed:end -->: one row for each ``speed*.json`` that
-``speed.py`` wrote to its end. A plot lies beside the file it shows: ``speed*.png`` and ``ops.png``.
+``speed``, between the lines <!-- speed:begin --> and <!-- speed:end -->: one row for each ``speed*.json`` that
+``speed.py`` wrote to its end. ``apply``: one row for each model of an ``apply*.json`` of ``apply.py``. ``demo``: what
+``make demo ARGS="--publish"`` wrote to ``demo.json``, with its figure. A plot lies beside the file it shows: ``speed*.png``,
+``ops.png`` and ``demo.png``, which the demo draws.
 """
 
 from __future__ import annotations
@@ -23,11 +25,10 @@ from modes import FROZEN, FULL, OURS
 from difffit_fast._files import replacing, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 COLOURS = {"full": "tab:gray", "frozen": "tab:orange", "lora": "tab:purple", "fast": "tab:blue"}
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the tables --------------------------------------------------------------------------------------------------------
 def load(results: Path, pattern: str) -> list[tuple[Path, dict[str, Any]]]:
     """All result files of this name under ``results``, in the order of their paths."""
     return [(path, json.loads(path.read_text())) for path in sorted(results.rglob(pattern))]
@@ -79,16 +80,68 @@ def _memory(modes: dict[str, Any], full: list[str] | None, ours: str | None) -> 
     return f"{min(theirs) / 2**30:.2f} → {mine / 2**30:.2f} GiB" if theirs and mine else ""
 
 
-def insert(text: str, table: str) -> str:
-    """``text`` with the lines between the markers replaced.
+def demo_block(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
+    """The newest demo: its figure, its table and the sentence that says who wins."""
+    if not files:
+        return 'Not measured yet: `make demo ARGS="--publish"`.'
+    path, result = max(files, key=lambda file: file[1]["date"])
+    where = os.path.relpath(path, root).replace(os.sep, "/")
+    head = [
+        "", "loss, letters not shown", "letters read", "copies", "loss, base's own fonts", "seconds", "kB to keep",
+    ]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for title, row in result["table"]:
+        loss, own = (f"{row[key]:.4f}" if key in row else "" for key in ("loss", "loss_own"))
+        copies = f"{row['memorised']:.0%}" if "memorised" in row else ""
+        cost = [f"{row['seconds']:.0f}", f"{row['bytes'] / 1000:,.0f}"] if "seconds" in row else ["", ""]
+        lines.append([title, loss, f"{row['letters']:.0%}", copies, own, *cost])
+    speed = ", ".join(f"{name} {value:.0f}" for name, value in result["images_per_second_median"].items())
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"![Letters shown, letters not shown, and samples of every model]({where.removesuffix('.json')}.png)\n\n{table}\n\n"
+        f"{result['verdict']} Images a second: {speed} ([{result['date'][:10]}]({where}), {result['device']})."
+    )
+
+
+MODELS = {"dit": "DiTTransformer2DModel", "pixart": "PixArtTransformer2DModel", "sd3": "SD3Transformer2DModel"}
+OTHERS = {"frozen": "the same, frozen PyTorch", "lora": "PEFT LoRA, rank 16", "ia3": "PEFT IA3"}
+
+
+def apply_table(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
+    """A Markdown table, one row a model: ms per step and peak memory of ours, and the others' as multiples of it."""
+    if not files:
+        return "Not measured yet: `python benchmarks/apply.py --json benchmarks/results/<device>/apply-<dtype>.json`."
+    lines = [["device", "model", "ours", *OTHERS.values(), "measured"], ["---"] * (4 + len(OTHERS))]
+    for path, result in files:
+        where = os.path.relpath(path, root).replace(os.sep, "/")
+        shape = f"width {result['width']}, {result['depth']} blocks, batch {result['batch_size']}, {result['dtype']}"
+        for model, measured in result["models"].items():
+            modes, ratios = measured["modes"], measured["ratios"]
+            lines.append([
+                f"{result['device'].split(', ')[0]}, PyTorch {result['torch']}", f"{MODELS[model]}, {shape}",
+                f"{modes['ours']['step_ms']['median']:.1f} ms, {_mebibytes(modes, 'ours')}" if "ours" in modes else "",
+                *(f"{_ratio(ratios, f'vs_{name}')}, {_mebibytes(modes, name)}" if name in modes else "" for name in OTHERS),
+                f"[{result['date'][:10]}]({where})",
+            ])  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mebibytes(modes: dict[str, Any], name: str) -> str:
+    peak = modes[name]["peak_memory_bytes"]
+    return f"{peak / 2**20:.0f} MiB" if peak else "memory not measured"
+
+
+def insert(text: str, block: str, content: str) -> str:
+    """``text`` with the lines between the markers of ``block`` replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one line {BEGIN} and after it one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one line {begin} and after it one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
@@ -176,18 +229,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="fail if the table is out of date; write nothing")
+    parser.add_argument("--check", action="store_true", help="fail if a table is out of date; write nothing")
     args = parser.parse_args(argv)
     speed = [(path, result) for path, result in load(args.results, "speed*.json") if result.get("complete", True)]
+    applied = [(path, result) for path, result in load(args.results, "apply*.json") if result["complete"]]
     try:
         text = args.readme.read_text()
-        new = insert(text, speed_table(speed, args.readme.resolve().parent))
+        root = args.readme.resolve().parent
+        new = insert(text, "speed", speed_table(speed, root))
+        new = insert(new, "demo", demo_block(load(args.results, "demo.json"), root))
+        new = insert(new, "apply", apply_table(applied, root))
     except (OSError, ValueError) as error:
         print(f"{args.readme}: {error}", file=sys.stderr)
         return 1
     if args.check:
         if new != text:
-            print(f"{args.readme}: its table is not what {args.results} says; run python benchmarks/plots.py")
+            print(f"{args.readme}: a table of it is not what {args.results} says; run python benchmarks/plots.py")
         return int(new != text)
     if new != text:
         write_text(args.readme, new)
@@ -196,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
     ops = load(args.results, "ops.json")
     for path, record in ops:
         plot_ops(record, path.with_suffix(".png"))
-    print(f"{args.readme}: {len(speed)} rows; {len(speed) + len(ops)} plots under {args.results}")
+    print(
+        f"{args.readme}: {len(speed) + len(applied)} files in tables; {len(speed) + len(ops)} plots under {args.results}"
+    )
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 from common import RESULTS, complete, exit_code, parser, run_grid, slug
 from machine import device_name
 
-OPS = ("residual", "adaln", "frozen_mlp", "modulation", "colsum", "attention", "frozen_linear")
+OPS = ("residual", "adaln", "frozen_mlp", "modulation", "colsum", "attention", "frozen_linear", "stacked")
 
 
 def main(argv: list[str] | None = None) -> int:

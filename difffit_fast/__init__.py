@@ -21,6 +21,7 @@ _EXPORTS = {
     "build_info": "difffit_fast._ext",
     "kernel_report": "difffit_fast.ops",
     "DiffFitError": "difffit_fast.errors",
+    "apply_difffit": "difffit_fast.apply",
     "load_model": "difffit_fast.models.load",
     "create_diffusion": "difffit_fast.diffusion",
     "Trainer": "difffit_fast.train",

@@ -55,7 +55,14 @@ _POISONED = {
         "test_frozen_mlp",
     ),
     *("test_gemm", "test_kernels", "test_cpp_attention", "test_cpp_kernels", "test_ops", "test_residual"),
-    *("test_triton_attention", "test_triton_kernels", "test_triton_model", "test_poison"),
+    *(
+        "test_triton_attention",
+        "test_triton_kernels",
+        "test_triton_model",
+        "test_poison",
+        "test_stacked",
+        "test_weights",
+    ),
 }
 _M_PERTURB = -6  # of glibc's mallopt
 

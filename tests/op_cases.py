@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from optest import BF16, F16, F32, KERNEL_SLACK, close, draw
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difffit_fast.ops.adaln import adaln
 from difffit_fast.ops.attention import attention, qkv_vectors
 from difffit_fast.ops.block import block
 from difffit_fast.ops.colsum import colsum
+from difffit_fast.ops.frozen_gelu import frozen_gelu
 from difffit_fast.ops.frozen_linear import frozen_linear
 from difffit_fast.ops.frozen_mlp import frozen_mlp
 from difffit_fast.ops.modulation import modulation
 from difffit_fast.ops.residual import residual, residual_adaln
+from difffit_fast.ops.stacked import stacked_linear, stacked_matvec
+from difffit_fast.ops.weights import lay_together
 
 EPS = 1e-6
 HEADS = 3
@@ -46,6 +49,14 @@ def true_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     y = true_residual(x, branch, gate, bias)
     return y, true_adaln(y, scale, shift)
+
+
+def true_stacked_linear(x: Tensor, *weights: Tensor) -> Tensor:
+    return x @ torch.cat(weights).t()
+
+
+def true_stacked_matvec(v: Tensor, *weights: Tensor) -> Tensor:
+    return torch.einsum("lk,lnk->ln", v, torch.stack(weights))
 
 
 def true_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
@@ -107,6 +118,25 @@ def residual_inputs(vectors: int, size: Size, stream: torch.dtype, branch: torch
 def linear_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
     b, t, k, n = size
     return [draw(b, t, k, dtype=branch), draw(n, k, dtype=branch), draw(n, dtype=F32)]
+
+
+def stacked_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    """Weights of several heights."""
+    m, k, n = size
+    return [draw(m, k, dtype=branch), *(draw(rows, k, dtype=branch) for rows in (n, n, 2 * n))]
+
+
+def matvec_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    _, k, n = size
+    return [draw(3, k, dtype=branch), *(draw(n, k, dtype=branch) for _ in range(3))]
+
+
+def scaled_linear_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    return [*linear_inputs(size, stream, branch), draw(size[-1], dtype=F32, shift=1)]
+
+
+def gelu_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    return mlp_inputs(size, stream, branch)[:3]
 
 
 def mlp_inputs(size: Size, stream: torch.dtype, branch: torch.dtype, each: bool = False) -> list[Tensor]:
@@ -227,6 +257,36 @@ def linear_calls(inputs: list[Tensor]) -> Calls:
     return [("frozen_linear", (x, weight, bias)), ("frozen_linear", (x, weight, None)), *backward]
 
 
+def stacked_calls(name: str, inputs: list[Tensor]) -> Calls:
+    x, *weights = inputs
+    together = [nn.Parameter(w.detach().clone(), requires_grad=False) for w in weights]
+    lay_together(together)
+    op = getattr(torch.ops.difffit_fast, name)
+    calls: Calls = []
+    for given in (weights, together, [w.double() for w in weights]):
+        dy = torch.ones_like(op(x, given)[0]).detach()
+        calls += [(name, (x, given)), (f"{name}_backward", (dy, given))]
+    return calls
+
+
+def scaled_linear_calls(inputs: list[Tensor]) -> Calls:
+    x, weight, bias, gamma = inputs
+    y, z = torch.ops.difffit_fast.frozen_linear_scaled(*inputs)
+    backward = [(*detached(torch.ones_like(y), weight, z, gamma), dx) for dx in (True, False)]
+    return [
+        ("frozen_linear_scaled", (x, weight, bias, gamma)),
+        ("frozen_linear_scaled", (x, weight, None, gamma)),
+        *(("frozen_linear_scaled_backward", given) for given in backward),
+    ]
+
+
+def gelu_calls(inputs: list[Tensor]) -> Calls:
+    x, weight, bias = inputs
+    g, u = torch.ops.difffit_fast.frozen_gelu(*inputs)
+    backward = [("frozen_gelu_backward", (*detached(torch.ones_like(g), weight, u), dx)) for dx in (True, False)]
+    return [("frozen_gelu", (x, weight, bias)), ("frozen_gelu", (x, weight, None)), *backward]
+
+
 def mlp_calls(inputs: list[Tensor]) -> Calls:
     _, w1, b1, w2 = inputs
     branch, u = torch.ops.difffit_fast.frozen_mlp(*inputs)
@@ -295,6 +355,32 @@ CASES = [
         sizes=((1, 1, 72, 40), (2, 77, 72, 100), (0, 4, 72, 40), (3, 37, 100, 1)), triton=((2, 5, 72, 40), (0, 4, 72, 40)),
         gpu=((1, 1, 72, 40), (2, 256, 1152, 4608), (0, 4, 72, 40)), small=(2, 5, 72, 40),
         roundings_gpu={F32: 4, BF16: 3, F16: 3},
+    ),
+    *(
+        Case(
+            name, lambda x, *weights, op=op: op(x, weights), truth, make, (True, False, False, False),
+            functools.partial(stacked_calls, name),
+            sizes=((1, 72, 40), (5, 100, 24), (0, 72, 40)), triton=((2, 72, 40),), gpu=((1, 72, 40), (32, 1152, 6912)),
+            small=(5, 72, 40), roundings_gpu={F32: 4, BF16: 3, F16: 3},
+        )
+        for name, op, truth, make in (
+            ("stacked_linear", stacked_linear, true_stacked_linear, stacked_inputs),
+            ("stacked_matvec", stacked_matvec, true_stacked_matvec, matvec_inputs),
+        )
+    ),
+    Case(
+        "frozen_linear with gamma", frozen_linear, lambda x, w, b, gamma: gamma * F.linear(x, w, b), scaled_linear_inputs,
+        (True, False, True, True), scaled_linear_calls,
+        sizes=((1, 1, 72, 40), (2, 77, 72, 100), (0, 4, 72, 40), (3, 37, 100, 1)), triton=((2, 5, 72, 40), (0, 4, 72, 40)),
+        gpu=((1, 1, 72, 40), (2, 256, 1152, 4608), (0, 4, 72, 40)), small=(2, 5, 72, 40),
+        roundings={BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 4, F16: 4},  # z is rounded on the way
+    ),
+    Case(
+        "frozen_gelu", frozen_gelu, lambda x, w, b: F.gelu(F.linear(x, w, b), approximate="tanh"), gelu_inputs,
+        (True, False, True), gelu_calls,
+        sizes=((1, 1, 72, 40), (2, 77, 72, 100), (0, 4, 72, 40), (3, 37, 100, 1)), triton=((2, 5, 72, 40), (0, 4, 72, 40)),
+        gpu=((1, 1, 72, 40), (2, 256, 1152, 4608), (0, 4, 72, 40)), small=(2, 5, 72, 40),
+        roundings={BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 4, F16: 4},  # u is rounded on the way
     ),
     *(
         Case(

@@ -14,6 +14,7 @@ import time
 import weakref
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -413,11 +414,36 @@ def speed_result() -> dict:
     }  # fmt: skip
 
 
+def demo_result() -> dict:
+    row = {"loss": 0.0234, "letters": 0.91, "memorised": 0.01, "loss_own": 0.021, "seconds": 12.3, "bytes": 31000}
+    return {
+        "date": "2026-01-02T03:04:05+00:00", "device": "NVIDIA Test", "verdict": "DiffFit wins.",
+        "table": [["DiffFit", row], ["real letters", {"letters": 0.93}]],
+        "images_per_second_median": {"DiffFit": 300.2, "full": 199.9},
+    }  # fmt: skip
+
+
+def apply_result() -> dict:
+    mode = lambda ms, mib: {  # noqa: E731
+        "step_ms": {"median": ms, "p10": ms - 1, "p90": ms + 1}, "peak_memory_bytes": mib << 20, "saved_bytes": 1,
+        "trainable_parameters": 1, "problem": None,
+    }  # fmt: skip
+    return {
+        "complete": True, "device": "NVIDIA Test, 1 threads", "torch": "2.11.0", "date": "2026-01-02T03:04:05+00:00",
+        "width": 384, "depth": 12, "batch_size": 4, "dtype": "bf16",
+        "models": {"sd3": {
+            "modes": {"ours": mode(20.0, 64), "lora": mode(28.0, 80)},
+            "ratios": {"vs_lora": {"ratio": 1.4, "round_p10": 1.3, "round_p90": 1.5}},
+        }},
+    }  # fmt: skip
+
+
 def test_the_table_and_the_plots_come_from_the_files(load, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     plots = load("plots")
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{plots.BEGIN}\nold\n{plots.END}\nafter\n")
+    blocks = "".join(f"<!-- {block}:begin -->\nold\n<!-- {block}:end -->\n" for block in ("apply", "demo", "speed"))
+    readme.write_text(f"before\n{blocks}after\n")
     command = ["--readme", str(readme), "--results", str(results)]
     assert plots.main(command) == 0
     assert "Not measured yet" in readme.read_text()
@@ -433,6 +459,22 @@ def test_the_table_and_the_plots_come_from_the_files(load, tmp_path: Path, capsy
     assert "(results/dev/speed-256px.json)" in row
     lengths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(lengths) == 1
+    (results / "dev" / "demo.json").write_text(json.dumps(demo_result()))
+    assert plots.main([*command, "--check"]) == 1 and plots.main(command) == 0
+    text = readme.read_text()
+    assert (
+        "| DiffFit | 0.0234 | 91% | 1% | 0.0210 | 12 | 31 |" in text and "| real letters |  | 93% |  |  |  |  |" in text
+    )
+    assert (
+        "DiffFit wins. Images a second: DiffFit 300, full 200 ([2026-01-02](results/dev/demo.json), NVIDIA Test)."
+        in text
+    )
+    assert "(results/dev/demo.png)" in text
+    (results / "dev" / "apply-bf16.json").write_text(json.dumps(apply_result()))
+    assert plots.main([*command, "--check"]) == 1 and plots.main(command) == 0
+    row = next(line for line in readme.read_text().splitlines() if "SD3Transformer2DModel" in line)
+    for cell in ("20.0 ms, 64 MiB", "**1.40×** (1.30–1.50), 80 MiB", "(results/dev/apply-bf16.json)"):
+        assert f"| {cell} |" in row or cell in row
     assert (results / "dev" / "speed-256px.png").stat().st_size > 1000
     readme.write_text("no markers")
     assert plots.main(command) == 1 and "expected one line" in capsys.readouterr().err
@@ -491,3 +533,45 @@ def test_groups_of_kernels(load) -> None:
         ("void at::native::elementwise_kernel<SiLU>", "other"),
     ):
         assert group_of(name) == group, name
+
+
+# -- transformers of diffusers ---------------------------------------------------------------------------------------
+def test_apply_against_peft_and_frozen_pytorch(load, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    apply = load("apply")
+    path, tiny = (
+        tmp_path / "apply.json",
+        ["--width", "48", "--depth", "2", "--batch-size", "2", "--side", "8", "--text", "5"],
+    )
+    words = ["--device", "cpu", "--dtype", "fp32", "--rounds", "2", "--no-peak", "--json", str(path)]
+    assert apply.main([*tiny, *words]) == 0
+    record = json.loads(path.read_text())
+    assert record["complete"] and set(record["models"]) == set(apply.MODELS) and record["torch"] == torch.__version__
+    for measured in record["models"].values():
+        modes = measured["modes"]
+        assert set(modes) == set(apply.METHODS) and not any(m["problem"] for m in modes.values())
+        assert set(measured["ratios"]) == {"vs_frozen", "vs_lora", "vs_ia3"}
+        assert modes["ours"]["trainable_parameters"] == modes["frozen"]["trainable_parameters"]
+        assert 0 < modes["ours"]["saved_bytes"] <= modes["frozen"]["saved_bytes"] < modes["lora"]["saved_bytes"]
+    assert "ours is" in capsys.readouterr().out
+
+
+def test_a_method_that_computes_something_else_gets_no_ratio(load, monkeypatch) -> None:
+    pytest.importorskip("diffusers")
+    apply = load("apply")
+    args = apply.parse(
+        ["--width", "48", "--depth", "1", "--side", "8", "--rounds", "1", "--dtype", "fp32", "--no-peak"]
+    )
+    args.methods, args.device = ["ours", "frozen"], "cpu"
+    build = apply.build
+
+    def off(method: str, base: Any) -> Any:
+        if method == "ours":
+            with torch.no_grad():
+                base.proj_out_2.bias.add_(1.0)
+        return build(method, base)
+
+    monkeypatch.setattr(apply, "build", off)
+    measured = apply.run_model("dit", args, lambda text: None)
+    assert "its output is off by" in measured["modes"]["ours"]["problem"] and measured["ratios"] == {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
+import warnings
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from test_fast_dit import PRESETS, SMALL, batch, shake
 
 from difffit_fast import DiffFitConfig, DiffFitError, DiT, DiT_models, FastDiffFitDiT
 from difffit_fast.errors import DeltaMismatchError
+from difffit_fast.models.base_hash import base_hashes
 from difffit_fast.models.checkpoint import model_of
 from difffit_fast.models.delta import read_delta
 from difffit_fast.models.merge import merge
@@ -158,7 +161,7 @@ def test_a_delta_of_a_float32_base_loads_onto_the_same_base_in_bf16(tmp_path) ->
         (dict(num_classes=6), "number of classes 5; the model has number of classes 6"),
         (dict(input_size=16), "input size 8; the model has input size 16"),
         (dict(difffit="block"), "difffit=paper .*; the model has block"),
-        (dict(), r"base [0-9a-f]{12}…; the model's base is [0-9a-f]{12}…"),
+        (dict(), r"another base: its weights have the hash [0-9a-f]{12}…, the model's [0-9a-f]{12}…"),
     ],
 )
 def test_a_delta_for_something_else_is_refused_and_changes_nothing(tmp_path, change: dict, message: str) -> None:
@@ -178,6 +181,173 @@ def test_the_base_hash_follows_the_weights(tmp_path) -> None:
         fast.blocks[3].mlp.fc2.weight[0, 0] += 1
     with pytest.raises(DeltaMismatchError, match="base"):
         fast.load_delta(tmp_path / "d.safetensors")
+
+
+FROZEN_BIASES = DiffFitConfig(bias=False)
+FROZEN_CLASSES = DiffFitConfig(class_embedding=False)
+# What a delta builds on and does not hold: a configuration, and the parameter that another base has otherwise.
+BUILT_ON = {
+    "weights": ("paper", "blocks.3.mlp.fc2.weight"),
+    "biases of the timestep embedding": ("paper", "t_embedder.mlp.0.bias"),
+    "biases": (FROZEN_BIASES, "blocks.1.attn.proj.bias"),
+    "classes": (FROZEN_CLASSES, "y_embedder.embedding_table.weight"),
+    "positions": ("paper", "pos_embed"),
+}
+# What it replaces: these may differ.
+REPLACED = {
+    "biases": ("paper", "blocks.1.attn.proj.bias"),
+    "biases of the timestep embedding": ("bitfit", "t_embedder.mlp.0.bias"),
+    "classes": (FROZEN_BIASES, "y_embedder.embedding_table.weight"),
+}
+
+
+def base_and_another(name: str) -> tuple[DiT, DiT]:
+    one = shake(DiT(**SMALL)).eval()
+    other = DiT(**SMALL).eval()
+    other.load_state_dict(one.state_dict())
+    with torch.no_grad():
+        other.get_parameter(name).add_(0.3 * torch.randn_like(other.get_parameter(name)))
+    return one, other
+
+
+@pytest.mark.parametrize("what", BUILT_ON)
+def test_another_base_is_refused_by_whatever_the_delta_does_not_hold(tmp_path, what: str) -> None:
+    difffit, name = BUILT_ON[what]
+    one, other = base_and_another(name)
+    fast = trained(one, difffit=difffit)
+    fast.save_delta(tmp_path / "d.safetensors")
+    again = FastDiffFitDiT.from_dit(one, difffit=difffit).eval()
+    again.load_delta(tmp_path / "d.safetensors")
+    assert torch.equal(again(*(inputs := batch())), fast(*inputs))
+    with pytest.raises(DeltaMismatchError, match=f"another base: its {what.split()[0]} have the hash"):
+        FastDiffFitDiT.from_dit(other, difffit=difffit).load_delta(tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_the_delta_replaces_may_differ(tmp_path, what: str) -> None:
+    difffit, name = REPLACED[what]
+    one, other = base_and_another(name)
+    fast = trained(one, difffit=difffit)
+    fast.save_delta(tmp_path / "d.safetensors")
+    again = FastDiffFitDiT.from_dit(other, difffit=difffit).eval()
+    again.load_delta(tmp_path / "d.safetensors")
+    assert torch.equal(again(*(inputs := batch())), fast(*inputs))
+
+
+def test_a_sine_cosine_table_is_known_by_its_scale(tmp_path) -> None:
+    """Computed elsewhere, or stored in half precision, it is the same."""
+    one = DiT(**SMALL)
+    with torch.no_grad():
+        for name, p in one.named_parameters():
+            p.add_(0.1 * torch.randn_like(p) * (name != "pos_embed"))
+    trained(one).save_delta(tmp_path / "d.safetensors")
+    assert "positions" not in read_delta(tmp_path / "d.safetensors")[1]["base_hashes"]
+    with torch.no_grad():
+        one.pos_embed.copy_(one.pos_embed.bfloat16())
+    FastDiffFitDiT.from_dit(one).load_delta(tmp_path / "d.safetensors")
+    with torch.no_grad():
+        one.pos_embed.mul_(1.1)
+    with pytest.raises(DeltaMismatchError, match="another base: its positions have the hash none"):
+        FastDiffFitDiT.from_dit(one).load_delta(tmp_path / "d.safetensors")
+
+
+def stored(base: DiT, dtype: torch.dtype | None) -> DiT:
+    """As it comes out of a file in ``dtype``, in float32."""
+    twin = DiT(**SMALL)
+    twin.load_state_dict(base.state_dict())
+    return twin if dtype is None else twin.to(dtype).float()
+
+
+F16, BF16 = torch.float16, torch.bfloat16
+ROUNDINGS = [  # stored and computed by whom the delta is made, by whom it is used; whether that is said
+    ((None, None), (F16, None), True),
+    ((F16, None), (None, None), True),
+    ((None, None), (None, F16), True),
+    ((F16, None), (F16, F16), False),
+    ((None, None), (BF16, None), False),
+    ((BF16, None), (None, BF16), False),
+    ((None, BF16), (F16, None), None),
+    ((BF16, None), (F16, None), None),
+]
+
+
+@pytest.mark.parametrize(("made", "used", "said"), ROUNDINGS)
+def test_a_base_stored_or_held_in_half_precision_is_told_from_another(tmp_path, made, used, said) -> None:
+    """Rounded to float16 in one of the two: known, and said. Rounded to float16 in one and to bfloat16 in the other: refused,
+    since neither follows from the other (said: None)."""
+    base = shake(DiT(**SMALL))
+    trained(stored(base, made[0]), compute_dtype=made[1]).save_delta(tmp_path / "d.safetensors")
+    model = FastDiffFitDiT.from_dit(stored(base, used[0]), compute_dtype=used[1])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        if said is None:
+            with pytest.raises(DeltaMismatchError, match="another base: its weights"):
+                model.load_delta(tmp_path / "d.safetensors")
+        else:
+            model.load_delta(tmp_path / "d.safetensors")
+    assert any("rounded to float16 in one of the two" in str(w.message) for w in heard) == bool(said)
+
+
+def without_hashes(path) -> None:
+    """The delta as earlier versions wrote it."""
+    with safe_open(path, "pt") as file:
+        strings = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    del strings["base_hashes"]
+    save_file(tensors, path, strings)
+
+
+def test_a_delta_of_an_earlier_version_is_checked_as_it_was_and_that_is_said(tmp_path) -> None:
+    one, other = base_and_another("blocks.3.mlp.fc2.weight")
+    fast = trained(one)
+    fast.save_delta(path := tmp_path / "d.safetensors")
+    without_hashes(path)
+    again = FastDiffFitDiT.from_dit(one).eval()
+    with pytest.warns(
+        UserWarning, match="the weights of its base only: whether its biases and positions are the model's"
+    ):
+        again.load_delta(path)
+    assert torch.equal(again(*(inputs := batch())), fast(*inputs))
+    with pytest.raises(DeltaMismatchError, match="another base: its weights have"):
+        FastDiffFitDiT.from_dit(other).load_delta(path)
+
+
+@pytest.mark.parametrize("hashes", ['{"weights": "ab"}', '{"weights": ["ab"]}', '{"weights": [1, 2]}', "[]", '"ab"'])
+def test_hashes_that_are_none_are_refused_in_one_sentence(tmp_path, hashes: str) -> None:
+    fast = trained(shake(DiT(**SMALL)))
+    fast.save_delta(path := tmp_path / "d.safetensors")
+    with safe_open(path, "pt") as file:
+        strings = {**file.metadata(), "base_hashes": hashes}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    save_file(tensors, path, strings)
+    with pytest.raises(DiffFitError, match="base_hashes in its metadata should be"):
+        fast.load_delta(path)
+
+
+def test_the_hash_sees_what_leaves_no_other_trace() -> None:
+    fast = FastDiffFitDiT.from_dit(shake(DiT(**SMALL)))
+    before = base_hashes(fast)
+    assert base_hashes(fast) is before, "computed once"
+    for write in (
+        lambda p: p.data.add_(0.5),
+        lambda p: p.data[0].mul_(1.5),
+        lambda p: p.data.copy_(p.data.flip(0)),
+        lambda p: setattr(p, "data", p.data * 3),
+    ):
+        write(fast.blocks[1].attn.qkv.weight)
+        after = base_hashes(fast)
+        assert after["weights"][0] != before["weights"][0] and after["biases"] == before["biases"]
+        before = after
+
+
+def test_a_delta_does_not_depend_on_what_requires_gradients(tmp_path) -> None:
+    """An average, say, is a copy without gradients."""
+    fast = trained(shake(DiT(**SMALL)))
+    fast.save_delta(tmp_path / "one.safetensors")
+    average = copy.deepcopy(fast).requires_grad_(False)
+    average.save_delta(tmp_path / "two.safetensors")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    average.load_delta(tmp_path / "one.safetensors")
 
 
 def test_delta_errors(tmp_path) -> None:

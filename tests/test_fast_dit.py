@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from difffit_fast import DiffFitConfig, DiffFitError, DiT, FastDiffFitDiT
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
 from difffit_fast.ops import use_kernels
+from difffit_fast.ops.weights import together
 
 SMALL = dict(input_size=8, patch_size=2, hidden_size=48, depth=4, num_heads=3, num_classes=5)
 PRESETS = ["paper", "minimax", "block", "bitfit"]
@@ -243,14 +246,15 @@ def test_trainables_stay_float32_and_frozen_weights_take_the_compute_dtype() -> 
     assert fast(*batch()).dtype == torch.float32
 
 
-def test_packed_weights_are_the_parameters() -> None:
-    """Modulation and proj weights live in one tensor each, without a copy, through load, cast, deepcopy and pickle."""
+def test_weights_lie_side_by_side_and_are_the_parameters() -> None:
+    """Modulation and proj weights, without a copy, through load, cast, deepcopy and pickle; each in a storage of its own."""
 
     def check(model: FastDiffFitDiT) -> None:
-        shared = model._modulation_weight
-        last = model.final_layer.adaLN_modulation[1].weight
-        assert shared.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-        assert torch.equal(shared[-96:], last) and torch.equal(model._proj_weight[2], model.blocks[2].attn.proj.weight)
+        for weights in ([linear.weight for linear in model._modulation_linears()], model._proj_weights()):
+            whole = together(weights)
+            assert whole is not None and torch.equal(whole, torch.cat([w.detach() for w in weights]))
+            assert whole.data_ptr() == weights[0].data_ptr()
+            assert all(w.untyped_storage().nbytes() == w.nbytes for w in weights)
 
     plain, fast = pair()
     inputs = batch()
@@ -274,6 +278,20 @@ def test_packed_weights_are_the_parameters() -> None:
     with torch.no_grad():
         fast.blocks[1].adaLN_modulation[1].weight.mul_(2)
     check(fast)
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once() -> None:
+    """No circle keeps its memory until the garbage collector comes by."""
+    fast = FastDiffFitDiT(**SMALL)
+    with torch.no_grad():
+        fast(*batch())
+    gone = weakref.ref(fast)
+    gc.disable()
+    try:
+        del fast
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_label_dropout_only_in_training_and_null_class_is_num_classes() -> None:

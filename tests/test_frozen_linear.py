@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import linear_inputs
+from op_cases import linear_inputs, scaled_linear_inputs
 from optest import F32, TOLERANCE, check_numbers
 from torch import Tensor
 
@@ -45,6 +45,16 @@ def test_the_input_is_not_kept() -> None:
     assert [t.data_ptr() for t in saved] == [w.data_ptr()]
 
 
+def test_with_gamma_the_product_is_kept_and_not_the_input() -> None:
+    """γ's gradient needs z; y is not kept beside it."""
+    x, w, b, gamma = scaled_linear_inputs(SIZE, F32, F32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        frozen_linear(x.requires_grad_(), w, b.requires_grad_(), gamma.requires_grad_())
+    assert [tuple(t.shape) for t in saved] == [tuple(w.shape), (10, 40), (40,)]
+    torch.testing.assert_close(saved[1], torch.nn.functional.linear(x, w, b).detach().view(10, 40))
+
+
 def test_a_weight_that_wants_a_gradient_is_an_error() -> None:
     x, w, b = linear_inputs(SIZE, F32, F32)
     with pytest.raises(RuntimeError, match="frozen in DiffFit and gets no gradient"):
@@ -57,3 +67,5 @@ def test_errors_name_both_sides() -> None:
         frozen_linear(x, w[:, 1:], b)
     with pytest.raises(TypeError, match=r"one dtype; got torch.float32 and torch.bfloat16"):
         frozen_linear(x, w.bfloat16(), b)
+    with pytest.raises(ValueError, match=r"gamma must be one factor for each of 40 outputs; got \(39,\)"):
+        frozen_linear(x, w, b, torch.ones(39))

@@ -20,9 +20,14 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
         ("resume.py", ["--steps", "8"], "resumed/000-DiT-custom/checkpoints/0000008.safetensors"),
         ("sample_and_merge.py", ["--steps", "3"], "merged.pt"),
         ("python_api.py", ["--steps", "4"], "api/000-DiT-custom/checkpoints/0000004.safetensors"),
+        ("diffusers_class_conditional.py", ["--steps", "2"], "pipeline/model_index.json"),
+        ("diffusers_text_to_image.py", ["--steps", "2", "--gradient-checkpointing"], "text_to_image.safetensors"),
     ],
 )
 def test_example(script: str, words: list[str], left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if script.startswith("diffusers"):
+        pytest.importorskip("diffusers")
+        pytest.importorskip("accelerate")
     torch.set_num_threads(1)
     monkeypatch.setattr(sys, "argv", [script, "--work-dir", str(tmp_path), *words])
     monkeypatch.syspath_prepend(str(EXAMPLES))

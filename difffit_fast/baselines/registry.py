@@ -115,5 +115,5 @@ def load_trainables(model: nn.Module, path: str | os.PathLike[str]) -> dict[str,
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise DiffFitError(f"{path} cannot be read as safetensors: {error}") from error
-    put_trainables(model, tensors, str(path))
+    put_trainables({n: p for n, p in model.named_parameters() if p.requires_grad}, tensors, str(path))
     return {key: value for key, value in header.items() if key not in ("format", "kind", "version")}

@@ -12,6 +12,8 @@ TARGETS = {
     "dit": "an ordinary DiT checkpoint, .pt or .safetensors, with the delta folded in (computed in float32)",
     "diffusers": "a folder that DiTPipeline reads, with the delta folded in",
     "hub": "a folder to publish: the delta (without one: the model) and a card",
+    "lora": "of a transformer of diffusers: a .safetensors file that ComfyUI or LyCORIS reads",
+    "peft": "of a transformer of diffusers: an adapter folder that PEFT reads",
 }
 
 
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vae",
         help="to diffusers: folder of the autoencoder, which is copied (default: that of training, if a folder)",
     )
+    add("--layout", choices=("comfyui", "lycoris"), help="to lora: whose keys to write (default: comfyui)")
     add("--license", help="to hub: of what is published; it has to respect the base's")
     add("--base-model", help="to hub: where others find the base, such as facebook/DiT-XL-2-256")
 
@@ -36,11 +39,12 @@ def run(args: argparse.Namespace) -> int:
     if args.ckpt is None and args.delta is None:
         raise DiffFitError("--ckpt or --delta is needed: what to export")
     for flag, value, to in (
-        ("--vae", args.vae, "diffusers"), ("--license", args.license, "hub"), ("--base-model", args.base_model, "hub"),
+        ("--vae", args.vae, "diffusers"), ("--layout", args.layout, "lora"),
+        ("--license", args.license, "hub"), ("--base-model", args.base_model, "hub"),
     ):  # fmt: skip
         if value is not None and args.to != to:
             raise DiffFitError(f"{flag} is for --to {to}; got --to {args.to}")
-    {"dit": _dit, "diffusers": _diffusers, "hub": _hub}[args.to](args, Path(args.out))
+    {"dit": _dit, "diffusers": _diffusers, "hub": _hub, "lora": _lora, "peft": _peft}[args.to](args, Path(args.out))
     return 0
 
 
@@ -92,3 +96,44 @@ def _hub(args: argparse.Namespace, out: Path) -> None:
 
     export_card(args.ckpt, args.delta, out, license=args.license, base_model=args.base_model, overwrite=args.overwrite)
     print(f"{out}: look at README.md, then: hf upload NAME {out}")
+
+
+def _applied(args: argparse.Namespace) -> tuple[Any, str]:
+    """The transformer of diffusers in --ckpt, a folder of it or of its pipeline, and the delta."""
+    from .._extras import require
+    from .._files import read_json
+    from ..apply.delta import read_applied
+    from ..errors import DiffFitError
+
+    if args.ckpt is None or args.delta is None:
+        raise DiffFitError(
+            f"--to {args.to} needs --ckpt, a folder of a transformer of diffusers, and --delta, what apply_difffit trained in it"
+        )
+    _, header = read_applied(args.delta)
+    found = next((f for f in (Path(args.ckpt), Path(args.ckpt) / "transformer") if (f / "config.json").is_file()), None)
+    if found is None:
+        raise DiffFitError(f"--ckpt {args.ckpt} is no folder of diffusers with a transformer: no config.json")
+    require("diffusers", "vae", f"--to {args.to}")
+    import diffusers
+
+    name = read_json(found / "config.json").get("_class_name")
+    cls = getattr(diffusers, str(name), None)
+    if cls is None or name != header["model_class"]:
+        raise DiffFitError(f"{args.delta} was made for {header['model_class']}; {found} holds {name}")
+    return cls.from_pretrained(found), args.delta
+
+
+def _lora(args: argparse.Namespace, out: Path) -> None:
+    from ..interop import export_lora
+
+    model, delta = _applied(args)
+    written = export_lora(model, delta, out, layout=args.layout or "comfyui", overwrite=args.overwrite)
+    print(f"{out}: {len(written)} tensors, {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def _peft(args: argparse.Namespace, out: Path) -> None:
+    from ..interop import export_peft
+
+    model, delta = _applied(args)
+    export_peft(model, delta, out, overwrite=args.overwrite)
+    print(f'{out}: import difffit_fast.peft; PeftModel.from_pretrained(transformer, "{out}")')

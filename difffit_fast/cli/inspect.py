@@ -135,6 +135,7 @@ def _rest(header: dict[str, Any]) -> dict[str, Any]:
         "config",
         "difffit",
         "base_hash",
+        "base_hashes",
         "pos_embed_scale",
         "image_size",
         "architecture",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import DiffFitError
 from .adapt import TABLE, class_table, coordinate_scale, find_scale
 from .classes import ClassRows, choose_rows
+from .difffit import is_extra
 from .dit import DIT_ARGUMENTS, DiT, sincos_pos_embed
 from .header import decode_header
 from .sizes import HEADS, MODEL_NAMES, model_name, model_objective, model_sizes
@@ -76,7 +77,7 @@ class ModelFile:
     @property
     def is_difffit(self) -> bool:
         """Whether γ or an affine LayerNorm is among the tensors: a DiffFit model that was not merged."""
-        return any(_is_extra(key) for key in self.state)
+        return any(is_extra(key) for key in self.state)
 
     # -- what the user says --------------------------------------------------------------------------------------------
     def expect(self, *, name: str | None = None, flag: str = "", **arguments: Any) -> ModelFile:
@@ -261,7 +262,7 @@ class ModelFile:
         """
         self.arguments()
         if self.is_difffit:
-            key = next(key for key in self.state if _is_extra(key))
+            key = next(key for key in self.state if is_extra(key))
             raise DiffFitError(
                 f"{self.source} is not a plain DiT: it has the unknown key {key}; it looks like a DiffFit model that was not "
                 "merged (difffit export --to dit, model.merge())"
@@ -283,7 +284,7 @@ class ModelFile:
     def check_keys(self, model: nn.Module) -> None:
         """Raise unless the tensors are those of ``model``; its γ and LayerNorm may be missing."""
         own = model.state_dict()
-        if odd := sorted(key for key in set(own) ^ set(self.state) if not (key in own and _is_extra(key))):
+        if odd := sorted(key for key in set(own) ^ set(self.state) if not (key in own and is_extra(key))):
             what = "lacks" if odd[0] in own else "has the unknown key"
             raise DiffFitError(f"{self.source} is not a plain DiT: it {what} {odd[0]}")
         for key, value in self.state.items():
@@ -425,8 +426,3 @@ def image_pixels(header: Mapping[str, Any], config: Mapping[str, Any], source: s
 def pixels_per_cell(in_channels: int) -> int:
     """Image pixels per input cell where no file tells: 8 for the latents of the Stable Diffusion VAE, 1 for pixels."""
     return 8 if in_channels == 4 else 1
-
-
-def _is_extra(key: str) -> bool:
-    """Whether a key is DiffFit's own: γ, or an affine LayerNorm's."""
-    return ".gamma" in key or ".norm" in key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,23 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import DeltaMismatchError, DiffFitError
+from .base_hash import base_hash, base_hashes, other_base
 from .difffit import DiffFitConfig
 from .dit import DiT
 from .header import read_header, write_model_file
 from .state_dict import check_finite
-
-
-def base_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of the frozen weight matrices, the same whether the base is held in float32 or bfloat16.
-
-    Only matrices count (no bias, no class table, no positional table), so that one base has one hash under every preset.
-    """
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if name.endswith(".weight") and p.dim() >= 2 and not name.startswith("y_embedder."):
-            digest.update(name.encode())
-            digest.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_delta(
@@ -43,7 +30,7 @@ def save_delta(
 ) -> None:
     """Write the trainables of ``model``, a FastDiffFitDiT, beside ``path`` and rename, so that a broken write leaves nothing.
 
-    The same model gives the same bytes.
+    The same model gives the same bytes, whichever of its parameters require gradients (an average's, say, do not).
 
     Args:
         tensors: values to write in place of the model's own, by parameter name (an EMA, say).
@@ -51,9 +38,11 @@ def save_delta(
         metadata: anything JSON can hold (step, image_size, base name, ...).
 
     Raises:
-        DiffFitError: ``tensors`` does not name exactly the trainable parameters, or the folder is missing.
+        DiffFitError: ``tensors`` does not name exactly the trainable parameters, the folder is missing, or the model's modules
+            have been made into something else (see :meth:`.as_built.AsBuilt.check_whole`).
     """
-    own = {name: p.detach() for name, p in model.named_trainable_parameters()}
+    model.as_built.check_whole("the delta cannot be saved")
+    own = {name: p.detach() for name, p in _trainables(model).items()}
     if tensors is not None:
         if set(tensors) != set(own):
             odd = sorted(set(tensors) ^ set(own))[0]
@@ -73,7 +62,8 @@ def save_delta(
         "pos_embed_scale": model.pos_embed_scale,
         "class_names": None if class_names is None else list(class_names),
         "class_rows": untrained_rows(model),
-        "base_hash": cached_base_hash(model),
+        "base_hash": base_hash(model),
+        "base_hashes": base_hashes(model),
         "random_base": model.random_base,
         "objective": model.objective,
         **metadata,
@@ -96,6 +86,8 @@ def read_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         raise DiffFitError(f"{path} cannot be used as a delta: {error}") from error
     if header.get("kind") != "delta":
         raise DiffFitError(f"{path} is not a delta of difffit_fast: its metadata does not say so")
+    if header.get("model_class") is not None:
+        raise DiffFitError(f"{path} is a delta of a {header['model_class']}; apply_difffit's load_delta reads it")
     if missing := [key for key in ("config", "difffit", "base_hash", "pos_embed_scale") if header.get(key) is None]:
         raise DiffFitError(f"{path} cannot be used: its metadata lacks {missing[0]}")
     if missing := sorted({f.name for f in dataclasses.fields(DiffFitConfig)} - set(header["difffit"])):
@@ -136,8 +128,10 @@ def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DeltaMismatchError: the delta was made for another size, class count, set of trainables, image size or base; the
             message names both sides.
+        DiffFitError: the file cannot be read, or the model's modules have been made into something else.
     """
     tensors, metadata = read_delta(path)
+    model.as_built.check_whole(f"{path} cannot be loaded")
     config, mine = metadata["config"], model.config
     for key, label in (
         ("hidden_size", "width"), ("depth", "depth"), ("num_heads", "number of heads"), ("patch_size", "patch size"),
@@ -166,11 +160,13 @@ def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} was made with {_row_words(rows)} of its base's class table; the model has "
             f"{_row_words(untrained_rows(model))}"
         )
-    if metadata["base_hash"] != cached_base_hash(model):
+    if part := other_base(metadata, model, str(path)):
+        theirs = metadata["base_hash"] if part == "weights" else metadata["base_hashes"].get(part, ["none"])[0]
+        mine = base_hashes(model).get(part, ["none"])[0]
         raise DeltaMismatchError(
-            f"{path} was made on the base {metadata['base_hash'][:12]}…; the model's base is {cached_base_hash(model)[:12]}…"
+            f"{path} was made on another base: its {part} have the hash {theirs[:12]}…, the model's {mine[:12]}…"
         )
-    put_trainables(model, tensors, str(path))
+    put_trainables(_trainables(model), tensors, str(path))
     if model.classes is not None and metadata.get("class_names") is not None:
         model.classes = dataclasses.replace(model.classes, names=tuple(metadata["class_names"]))
     return metadata
@@ -187,15 +183,19 @@ def _row_words(rows: list[int | None] | None) -> str:
     return "all rows" if rows is None else f"the rows {', '.join(map(str, rows[:4]))}{', …' if len(rows) > 4 else ''}"
 
 
+def _trainables(model: DiT) -> dict[str, torch.nn.Parameter]:
+    """What DiffFit trains, whether it requires gradients at the moment or not."""
+    return {name: p for name, p in model.named_parameters() if model.difffit.trains(name)}
+
+
 @torch.no_grad()
-def put_trainables(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``tensors`` into the trainable parameters of ``model``, all of them and no other; nothing is changed otherwise.
+def put_trainables(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into the trainable parameters ``own`` of a model, all of them and no other; nothing is changed otherwise.
 
     Raises:
         DeltaMismatchError: a name is missing or not trained by this model, or a shape differs.
         DiffFitError: a tensor is not of floating numbers, or not finite.
     """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if odd := sorted(set(own) ^ set(tensors)):
         where = "is missing from the file" if odd[0] in own else "is not trained by this model"
         raise DeltaMismatchError(f"{source} does not fit: {odd[0]} {where}")
@@ -207,12 +207,3 @@ def put_trainables(model: torch.nn.Module, tensors: Mapping[str, Tensor], source
     check_finite(tensors, source)
     for name, p in own.items():
         p.copy_(tensors[name])
-
-
-def cached_base_hash(model: DiT) -> str:
-    """:func:`base_hash`, computed again only after a frozen weight was replaced or written to."""
-    key = tuple((p.data_ptr(), p._version) for p in model.parameters() if not p.requires_grad)
-    cached = model.__dict__.get("_base_hash")
-    if cached is None or cached[0] != key:
-        model.__dict__["_base_hash"] = cached = (key, base_hash(model))
-    return cached[1]

@@ -16,6 +16,16 @@ from ..errors import DiffFitError
 GAMMA_SITES = ("qkv", "proj", "attn", "mlp")
 
 
+def is_extra(name: str) -> bool:
+    """Whether a parameter is one that DiffFit adds to a DiT: γ, or an affine LayerNorm's."""
+    return ".gamma" in name or ".norm" in name
+
+
+def neutral(name: str) -> float:
+    """The value at which a parameter that DiffFit adds changes nothing."""
+    return 0.0 if name.endswith(".bias") else 1.0
+
+
 @dataclass(frozen=True)
 class DiffFitConfig:
     """The trainable parts of a DiT.
@@ -88,7 +98,7 @@ class DiffFitConfig:
             return self.class_embedding
         if name.startswith("t_embedder."):
             return name.endswith(".bias") and self.time_embedder_bias
-        if ".gamma" in name or ".norm" in name:  # they exist only where the configuration made them
+        if is_extra(name):  # they exist only where the configuration made them
             return True
         return name.endswith(".bias") and self.bias
 

@@ -91,12 +91,25 @@ def label_dropout(
     return torch.where(drop, null_class, y)
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is running; unknown, and False, to a compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N, T, D) * (1 + scale) + shift, with one vector (N, D) each per image."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------- embedders
+
+
+def _as_taken(x: Tensor, module: nn.Module) -> Tensor:
+    """``x`` in the dtype of the module's weight; as it is where that is not one of floating numbers (a quantised module's)."""
+    weight = getattr(module, "weight", None)
+    return x.to(weight.dtype) if isinstance(weight, Tensor) and weight.is_floating_point() else x
 
 
 class PatchEmbed(nn.Module):
@@ -111,7 +124,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return self.proj(_as_taken(x, self.proj)).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -125,8 +138,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        features = timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(_as_taken(timestep_embedding(t, self.frequency_embedding_size), self.mlp[0]))
 
 
 class LabelEmbedder(nn.Module):
@@ -146,7 +158,13 @@ class LabelEmbedder(nn.Module):
     ) -> Tensor:
         rows = self.embedding_table.num_embeddings
         # On an accelerator the check would wait for the device, and a bad index fails there by itself.
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and type(y) is Tensor and y.numel():
+        if (
+            y.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and type(y) is Tensor
+            and y.numel()
+            and not transformed()
+        ):
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= rows:
                 null = f", the null class is {rows - 1}" if rows > self.num_classes else ", there is no null class"
@@ -194,10 +212,12 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: tokens x (N, T, D) and condition c (N, D) -> (N, T, D)."""
 
+    attention_type: type[nn.Module] = Attention
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=LN_EPS)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = self.attention_type(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=LN_EPS)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -249,6 +269,7 @@ class DiT(nn.Module):
             memory for more time, the same gradients. Nothing in a block may be random.
     """
 
+    block_type: type[nn.Module] = DiTBlock
     pos_embed_scale: float = 1.0
     random_base: int | None = None
     classes: ClassRows | None = None
@@ -291,7 +312,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A parameter and not a buffer: public checkpoints carry it, and nobody trains it.
         self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList([self.block_type(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,18 +26,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DiffFitError
-from ..ops._register import frozen_weight_error
+from ..ops._register import autocast_on
 from ..ops.adaln import adaln
 from ..ops.attention import BACKENDS
 from ..ops.block import block as run_block
 from ..ops.frozen_linear import frozen_linear
-from ..ops.gemm import keep_packed
 from ..ops.modulation import modulation
+from ..ops.stacked import stacked_linear, stacked_matvec
+from ..ops.weights import keep_layout, lay_together
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
-from .difffit import DiffFitConfig
-from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, published, timestep_embedding
+from .difffit import DiffFitConfig, is_extra
+from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, published, timestep_embedding, transformed
 from .merge import merge
+from .plain_difffit import PlainDiffFitDiT
 
 
 class Biases(NamedTuple):
@@ -48,7 +51,7 @@ class Biases(NamedTuple):
     branch: Tensor  # of the last linear of each branch, (2·depth, D): behind the attention, behind the MLP, ...
 
 
-class FastDiffFitDiT(DiT):
+class FastDiffFitDiT(PlainDiffFitDiT):
     """A drop-in :class:`DiT` for DiffFit fine-tuning.
 
     Args (besides DiT's):
@@ -70,107 +73,133 @@ class FastDiffFitDiT(DiT):
         attention: str = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, difffit=difffit, **kwargs)
         if self.depth < 1:
             raise DiffFitError(f"DiffFit fine-tunes blocks, and there must be at least one; got depth {self.depth}")
         if attention not in BACKENDS:
             raise DiffFitError(f"attention must be one of {', '.join(BACKENDS)}; got {attention!r}")
         if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise DiffFitError(f"compute_dtype must be a floating dtype of at least 16 bits; got {compute_dtype}")
-        self.difffit = DiffFitConfig.resolve(difffit)
         self.compute_dtype = compute_dtype
         self.attention = attention
-        self._add_difffit_parameters()
+        self._said: str | None = None
+        self._narrow()
+        self._arrange()
+
+    # -- the weights in memory -----------------------------------------------------------------------------------------
+    def _narrow(self) -> None:
+        """Frozen weights in the compute dtype, where there is one; what trains in float32 or wider."""
+        if self.compute_dtype is None:
+            return
         for name, p in self.named_parameters():
-            p.requires_grad_(self.difffit.trains(name))
-        if compute_dtype is not None:
-            for module in self.modules():
-                for key, p in module._parameters.items():
-                    if p is not None and not p.requires_grad and key == "weight":
-                        p.data = p.data.to(compute_dtype)
-        self._pack()
+            if self.difffit.trains(name):
+                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+            elif name.endswith(".weight"):
+                p.data = p.data.to(self.compute_dtype)
 
-    # -- what trains ---------------------------------------------------------------------------------------------------
-    def _add_difffit_parameters(self) -> None:
-        d, config = self.hidden_size, self.difffit
-        for i, block in enumerate(self.blocks):
-            sites = config.gamma if config.block_has_gamma(i, self.depth) else ()
-            for site, owner, key, size in (
-                ("qkv", block.attn, "gamma1", 3 * d),
-                ("proj", block.attn, "gamma2", d),
-                ("attn", block, "gamma1", d),
-                ("mlp", block, "gamma2", d),
-            ):
-                owner.register_parameter(key, nn.Parameter(torch.ones(size)) if site in sites else None)
-        if config.affine_norm:
-            for block in self.blocks:
-                block.norm1, block.norm2 = nn.LayerNorm(d, eps=LN_EPS), nn.LayerNorm(d, eps=LN_EPS)
-            self.final_layer.norm_final = nn.LayerNorm(d, eps=LN_EPS)
+    def _arrange(self) -> None:
+        """Lay the modulation weights, and those of proj, side by side, and keep the layout of others: :mod:`..ops.weights`.
 
-    def _check_frozen(self) -> None:
-        for name, module, key in self._frozen:
-            if module._parameters[key].requires_grad:
-                raise frozen_weight_error(name)
-
-    # -- the packed weights --------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def _pack(self) -> None:
-        """Lay all modulation weights, and all proj weights, side by side in one tensor each.
-
-        The parameters become views of it, so that nothing is stored twice and loading a state dict writes through.
+        The parameters stay what they are, and whatever becomes of them later is seen there. Those that a tool has put in
+        another's place are left alone.
         """
-        linears = [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1]]
-        self.__dict__["_modulation_weight"] = _share_storage([m.weight for m in linears])
-        projections = [b.attn.proj.weight for b in self.blocks]
-        self.__dict__["_proj_weight"] = _share_storage(projections).view(len(projections), self.hidden_size, -1)
-        block_weights = [w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight)]
-        self.__dict__["_packed"] = keep_packed(block_weights)
-        self.__dict__["_frozen"] = [
-            (f"{path}.{key}" if path else key, module, key)
-            for path, module in self.named_modules()
-            for key, p in module._parameters.items()
-            if p is not None and not self.difffit.trains(f"{path}.{key}" if path else key)
-        ]
+        if self.as_built.other_model() is None:
+            lay_together([linear.weight for linear in self._modulation_linears()])
+            lay_together(self._proj_weights())
+            keep_layout(w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight))
+
+    def _modulation_linears(self) -> list[nn.Linear]:
+        return [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)]
+
+    def _proj_weights(self) -> list[nn.Parameter]:
+        return [b.attn.proj.weight for b in self.blocks]
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastDiffFitDiT:
         super()._apply(fn, recurse)
-        self._pack()
+        self._arrange()
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_packed"}  # made anew on the other side
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pack()
+        self._arrange()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a DiT's or a FastDiffFitDiT's state dict; γ and LayerNorm that are not in it keep their values."""
+        """Load a DiT's or a FastDiffFitDiT's state dict; γ and LayerNorm that a whole DiT's lacks are set to the identity.
+
+        With ``assign=True`` the tensors become the parameters, but for those whose dtype is not that of ``compute_dtype``'s
+        rule, and the modulation and proj weights, which are copied to lie side by side.
+        """
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [k for k in result.missing_keys if ".gamma" not in k and ".norm" not in k]
+        missing = [key for key in result.missing_keys if not is_extra(key)]
         if strict and (missing or result.unexpected_keys):
             lines = [f"missing keys: {', '.join(missing)}"] if missing else []
             lines += [f"unexpected keys: {', '.join(result.unexpected_keys)}"] if result.unexpected_keys else []
             raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}: {'; '.join(lines)}")
         if assign:
-            for name, p in self.named_parameters():
-                p.requires_grad_(self.difffit.trains(name))
-        self._pack()
+            self._narrow()
+            self._arrange()
         return result
 
     # -- forward -------------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x (N, C, H, W), t (N,) int or float, y (N,) long -> (N, C or 2C, H, W) in the dtype of ``x``."""
+        """x (N, C, H, W), t (N,) int or float, y (N,) long -> (N, C or 2C, H, W) in the dtype of ``x``.
+
+        Where modules have been replaced, wrapped, sharded or given hooks, they are called one by one, as a plain DiT's, and
+        a warning says so once: the same numbers, without the speed. So they are inside ``torch.func``'s transforms and
+        forward-mode differentiation, without a warning.
+
+        Raises:
+            ValueError: shapes that do not fit.
+            RuntimeError: a frozen parameter wants a gradient.
+            DiffFitError: modules that must be called one by one, with parameters of several dtypes.
+        """
         check_dit_inputs(x, t, y, self.in_channels, self.input_size)
-        self._check_frozen()
+        change = self.as_built.change()
         device = x.device.type
-        dtype = self.compute_dtype or self.final_layer.linear.weight.dtype
+        dtype = self._dtype(device)
+        if change is not None:
+            if not torch.compiler.is_compiling() and change != self._said:
+                self._said = change
+                warnings.warn(
+                    f"{change}: the modules are called one by one, with a plain DiT's numbers and speed", stacklevel=4
+                )
+            return self._by_modules(x, t, y, dtype)
+        if transformed():
+            return self._by_modules(x, t, y, dtype)
+        if self.pos_embed.device != x.device:
+            raise DiffFitError(f"the model is on {self.pos_embed.device} and x on {x.device}; move one of them")
         off: Any = contextlib.nullcontext()
-        if torch.is_autocast_enabled(device):
-            dtype = self.compute_dtype or torch.get_autocast_dtype(device)
+        if autocast_on(device):
             off = torch.autocast(device, enabled=False)
         with off:
             return self._forward(x, t, y, dtype)
+
+    def _dtype(self, device: str) -> torch.dtype:
+        """That of the branches. Autocast leaves float64 as it is, here as everywhere in PyTorch."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        own = self.pos_embed.dtype
+        return torch.get_autocast_dtype(device) if own != torch.float64 and autocast_on(device) else own
+
+    def _by_modules(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        device, half = x.device.type, dtype in (torch.bfloat16, torch.float16)
+        dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        if self.compute_dtype is not None and not half and len(dtypes) > 1:
+            raise DiffFitError(
+                f"the modules are called one by one ({self.as_built.change() or 'under a transform'}), and PyTorch's take one "
+                f"dtype unless a half one is computed in; the parameters have {', '.join(sorted(map(str, dtypes)))}: "
+                f"model.to({dtype}) makes it one"
+            )
+        stream = torch.float64 if dtype == torch.float64 else torch.float32
+        mixed: Any = contextlib.nullcontext()
+        if half or autocast_on(device):
+            mixed = torch.autocast(device, dtype if half else None, enabled=half)
+        with mixed:
+            tokens = self.x_embedder(x).to(stream) + self.pos_embed.to(stream)
+            condition = self.t_embedder(t) + self.y_embedder(y, self.training)
+            for block in self.blocks:
+                tokens = self.call_block(block, tokens, condition)
+            return self.output(self.final_layer(tokens, condition)).to(x.dtype)
 
     def _forward(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         in_dtype, stream = x.dtype, torch.float64 if dtype == torch.float64 else torch.float32
@@ -205,9 +234,8 @@ class FastDiffFitDiT(DiT):
 
     def _modulation(self, condition: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Scale and shift of the first LayerNorm (2, N, D), and for each join gate, bias, scale, shift (4, N, D)."""
-        n, d, blocks = condition.shape[0], self.hidden_size, self.blocks
-        linears = [b.adaLN_modulation[1] for b in blocks] + [self.final_layer.adaLN_modulation[1]]
-        m = frozen_linear(F.silu(condition).to(dtype), self._modulation_weight.to(dtype)).view(n, -1, d)
+        n, d, blocks, linears = condition.shape[0], self.hidden_size, self.blocks, self._modulation_linears()
+        m = stacked_linear(F.silu(condition).to(dtype), [linear.weight for linear in linears]).view(n, -1, d)
         bias = torch.cat([linear.bias for linear in linears]).view(-1, d)
         norm = None
         if self.difffit.affine_norm:
@@ -239,7 +267,7 @@ class FastDiffFitDiT(DiT):
             value = torch.stack([value[order.index(i)] for i in range(len(blocks))])
         qkv = [vectors[order.index(i)] for i in range(len(blocks))]
         # The value bias passes through the attention unchanged: it is added behind it, as a part of proj's.
-        moved = torch.bmm(self._proj_weight.to(dtype), value.to(dtype)[:, :, None])[:, :, 0]
+        moved = stacked_matvec(value.to(dtype), self._proj_weights())
         proj = torch.stack([b.attn.proj.bias for b in blocks]) + moved
         fc2 = torch.stack([b.mlp.fc2.bias for b in blocks])
         fc1 = torch.stack([b.mlp.fc1.bias for b in blocks])
@@ -371,24 +399,3 @@ class FastDiffFitDiT(DiT):
 
 # What the public training scripts import as DiT_models or SiT_models.
 FastDiffFitDiT_models: dict[str, Callable[..., FastDiffFitDiT]] = published(FastDiffFitDiT)
-
-
-def _share_storage(parameters: list[nn.Parameter]) -> Tensor:
-    """One tensor that holds the parameters, stacked along the rows; they become views of it."""
-    if not parameters:
-        return torch.empty(0, 0)
-    total = sum(p.shape[0] for p in parameters)
-    first = parameters[0].data
-    step = first.stride(0) * first.element_size()
-    starts = [sum(p.shape[0] for p in parameters[:i]) for i in range(len(parameters))]
-    if first.device.type != "meta" and all(
-        p.data.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and p.data_ptr() == first.data_ptr() + start * step
-        and p.is_contiguous()
-        for p, start in zip(parameters, starts, strict=True)
-    ):
-        return first.as_strided((total, *first.shape[1:]), first.stride(), first.storage_offset())
-    packed = torch.cat([p.data for p in parameters])
-    for p, start in zip(parameters, starts, strict=True):
-        p.data = packed[start : start + p.shape[0]]
-    return packed

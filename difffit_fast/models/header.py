@@ -8,7 +8,7 @@ stumbles over it.
 ``format``, ``kind``      "pt" and "model": a whole DiT; "difffit_fast-delta" and "delta": DiffFit's trainables;
                           "difffit_fast-trainables" and "trainables": those of another method
 ``version``               of this schema
-``base_hash``             of the frozen weights that a delta belongs to
+``base_hash``             of the frozen weights that a delta belongs to; more in ``base_hashes``, see :mod:`.base_hash`
 all others                JSON, see :data:`FIELDS`; a caller may add more
 ========================= ================================================================================================
 
@@ -53,6 +53,10 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "method": (str,),
     "method_options": (dict,),
     "difffit": (dict,),  # what a delta trains
+    "base_hashes": (dict,),  # of a delta: what else of its base it builds on, see .base_hash
+    "model_class": (str,),  # of a delta for a model that is no DiT of this package, instead of config
+    "add_bias": (bool,),  # whether linears without a bias got one there
+    "branch_ends": (list,),  # where γ was put there, if it was said
     "random_base": (int,),  # the seed that the base's random weights came from, where it was no checkpoint
 }
 # Numbers have bounds, both included.
@@ -135,6 +139,12 @@ def check_header(values: Mapping[str, Any], source: str) -> None:
         low, high = BOUNDS.get(key, (-math.inf, math.inf))
         if key in BOUNDS and value is not None and not low <= value <= high:
             raise DiffFitError(f"{source}: {key} in its metadata should be from {low} to {high}; it is {shown(value)}")
+    hashes = values.get("base_hashes")
+    if hashes is not None and not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in hashes.values()
+    ):
+        raise DiffFitError(f"{source}: base_hashes in its metadata should be pairs of text; it is {hashes!r:.60}")
     names = values.get("class_names")
     if names is not None and not all(isinstance(name, str) for name in names):
         raise DiffFitError(f"{source}: class_names in its metadata should be text; it is {names!r:.60}")

@@ -10,26 +10,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .difffit import is_extra
 from .dit import DiT
 
 
-def _scale_rows(linear: nn.Linear, *gammas: Tensor | None) -> None:
-    for gamma in gammas:
-        if gamma is not None:
-            linear.weight.mul_(gamma[:, None].to(linear.weight))
-            linear.bias.mul_(gamma.to(linear.bias))
+def scale_rows(weight: Tensor, bias: Tensor | None, gamma: Tensor) -> None:
+    """Fold γ (N,) into the linear that it scales, in place: weight (N, ...) and bias (N,)."""
+    weight.mul_(gamma.to(weight).view(-1, *[1] * (weight.dim() - 1)))
+    if bias is not None:
+        bias.mul_(gamma.to(bias))
 
 
-def _fold_norm(modulation: nn.Linear, norm: nn.LayerNorm, shift_row: int) -> None:
-    """Fold LayerNorm's weight and bias into the shift and scale rows of its modulation (scale follows shift)."""
-    d = norm.weight.shape[0]
-    shift, scale = slice(shift_row * d, (shift_row + 1) * d), slice((shift_row + 1) * d, (shift_row + 2) * d)
-    weight, bias = modulation.weight, modulation.bias
-    w, b = norm.weight.to(weight), norm.bias.to(weight)
-    weight[shift] += b[:, None] * weight[scale]
-    bias[shift] += b * (1 + bias[scale])
-    weight[scale] *= w[:, None]
-    bias[scale] = w * (1 + bias[scale]) - 1
+def fold_norm(
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, shift: int | None, scale: int
+) -> None:
+    """Fold LayerNorm's weight w and bias b, (D,), into the rows of its modulation, in place.
+
+    ``shift`` and ``scale`` are the numbers of the chunks of D rows in weight (k·D, K) and bias (k·D,); without a shift there
+    is no ``norm_bias`` either.
+    """
+    w = norm_weight.to(weight)
+    d = w.shape[0]
+    rows = slice(scale * d, (scale + 1) * d)
+    if shift is not None and norm_bias is not None:
+        b, shifts = norm_bias.to(weight), slice(shift * d, (shift + 1) * d)
+        weight[shifts] += b[:, None] * weight[rows]
+        bias[shifts] += b * (1 + bias[rows])
+    weight[rows] *= w[:, None]
+    bias[rows] = w * (1 + bias[rows]) - 1
 
 
 @torch.no_grad()
@@ -38,21 +46,34 @@ def merge(model: DiT, dtype: torch.dtype = torch.float32) -> DiT:
 
     Frozen weights held in bfloat16 come out as those bfloat16 values: to merge without that rounding, load the base with
     ``compute_dtype=None``.
+
+    Raises:
+        DiffFitError: the model's modules have been made into something else, or are without values.
     """
+    model.as_built.check_whole("the model cannot be merged")
     device = model.pos_embed.device
     with torch.device("meta"):
         dit = DiT(**model.config, objective=model.objective)
     dit = dit.to(dtype).to_empty(device=device)
-    own = {name: p for name, p in model.state_dict().items() if ".gamma" not in name and ".norm" not in name}
+    own = {name: p for name, p in model.state_dict().items() if not is_extra(name)}
     dit.load_state_dict(own)
     for merged, block in zip(dit.blocks, model.blocks, strict=True):
-        _scale_rows(merged.attn.qkv, block.attn.gamma1)
-        _scale_rows(merged.attn.proj, block.attn.gamma2, block.gamma1)
-        _scale_rows(merged.mlp.fc2, block.gamma2)
+        for linear, gamma in (
+            (merged.attn.qkv, block.attn.gamma1),
+            (merged.attn.proj, block.attn.gamma2),
+            (merged.attn.proj, block.gamma1),
+            (merged.mlp.fc2, block.gamma2),
+        ):
+            if gamma is not None:
+                scale_rows(linear.weight, linear.bias, gamma)
         if model.difffit.affine_norm:
-            _fold_norm(merged.adaLN_modulation[1], block.norm1, 0)
-            _fold_norm(merged.adaLN_modulation[1], block.norm2, 3)
+            _fold(merged.adaLN_modulation[1], block.norm1, 0)
+            _fold(merged.adaLN_modulation[1], block.norm2, 3)
     if model.difffit.affine_norm:
-        _fold_norm(dit.final_layer.adaLN_modulation[1], model.final_layer.norm_final, 0)
+        _fold(dit.final_layer.adaLN_modulation[1], model.final_layer.norm_final, 0)
     dit.pos_embed_scale = model.pos_embed_scale
     return dit.train(model.training)
+
+
+def _fold(modulation: nn.Linear, norm: nn.LayerNorm, shift: int) -> None:
+    fold_norm(modulation.weight, modulation.bias, norm.weight, norm.bias, shift, shift + 1)

@@ -24,7 +24,7 @@ itself. In :mod:`.attention` and :mod:`.block` ``vectors`` is what acts on the c
 
 from .. import _ext
 from .._rooms import kernels_mode, use_kernels
-from . import adaln, attention, block, colsum, frozen_linear, frozen_mlp, modulation, residual
+from . import adaln, attention, block, colsum, frozen_gelu, frozen_linear, frozen_mlp, modulation, residual
 
 kernel_report = _ext.kernel_report  # complete here, where every operation has registered itself
 
@@ -33,6 +33,7 @@ __all__ = [
     "attention",
     "block",
     "colsum",
+    "frozen_gelu",
     "frozen_linear",
     "frozen_mlp",
     "kernel_report",

@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+from .weights import PLAIN
+
 _LIBRARY = torch.library.Library("difffit_fast", "DEF")
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """(..., n) as (M, n); ``reshape(-1, n)`` cannot tell M where n is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def autocast_on(device: str) -> bool:
+    """Whether autocast is on for this type of device; there is none for "meta", say."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def register(
@@ -42,7 +48,7 @@ def register(
 
     def run(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if torch.is_autocast_enabled(device):
+        if autocast_on(device):
             with torch.autocast(device, enabled=False):
                 return implementation(*args)
         return implementation(*args)
@@ -80,7 +86,11 @@ def _watched(args: tuple[Any, ...]) -> bool:
     """Whether a dispatch mode, a functorch transform or a tensor subclass must see the operation as such."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
+    return any(
+        isinstance(t, torch.Tensor) and type(t) not in PLAIN
+        for a in args
+        for t in (a if isinstance(a, (list, tuple)) else (a,))
+    )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -22,8 +22,9 @@ from .. import _ext
 from ..errors import DiffFitError
 from ._register import check_frozen, register, rows, wide
 from .dispatch import cpp_ops, pick
-from .gemm import check_operands, dgrad, has_packed, linear
+from .gemm import check_operands, dgrad, linear
 from .linear_gelu import dgelu_dgrad, linear_gelu
+from .weights import has_layout
 
 _K = math.sqrt(2 / math.pi)
 
@@ -84,8 +85,8 @@ def in_pieces(h: Tensor, w1: Tensor) -> bool:
         return False
     if asked == "pieces":
         return True
-    # Few rows are not worth packing the weights for, and kept packed weights need no packing.
-    return h.shape[0] >= _FEW_ROWS and _ext.cpu_is_amd() and not has_packed(w1)
+    # Few rows are not worth packing the weights for, and weights whose layout is kept need no packing.
+    return h.shape[0] >= _FEW_ROWS and _ext.cpu_is_amd() and not has_layout(w1)
 
 
 _GRANULE, _FEW_ROWS = 16, 256

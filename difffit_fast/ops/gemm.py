@@ -7,15 +7,11 @@ the same result, or a better one.
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from .._devices import cpu_has_fast
-from ..errors import DiffFitError
+from .weights import layout_of
 
 
 def widen(x: Tensor) -> bool:
@@ -29,10 +25,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x32, w32 = x.float(), weight.float()
         out = torch.mm(x32, w32.t()) if bias is None else torch.addmm(bias.float(), x32, w32.t())
         return out.to(x.dtype)
-    packed = _packed(weight, x.shape[0]) if x.device.type == "cpu" else None
-    if packed is not None:
+    layout = layout_of(weight, x.shape[0]) if x.device.type == "cpu" else None
+    if layout is not None:
         bias = None if bias is None else bias.to(x.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "")
     if bias is None:
         return torch.mm(x, weight.t())
     return torch.addmm(bias.to(x.dtype), x, weight.t())
@@ -43,69 +39,6 @@ def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     if widen(dy):
         return torch.mm(dy.float(), weight.float()).to(dy.dtype)
     return torch.mm(dy, weight)
-
-
-# -- packing: what freezing allows on a CPU ------------------------------------------------------------------------
-class Packed:
-    """oneDNN's own layout of one frozen weight for the forward product, made on first use and kept.
-
-    Plain products lay the weight out again at every call; a frozen one needs that once. It costs a second copy of the
-    weight, so it is done where that copy is small (half precision), or where ``DIFFFIT_FAST_PACK=1`` asks for it. Only
-    weights with at least as many rows as columns are packed: for the others the plain product is as fast. A write to the
-    weight is seen by its version counter, which ``weight.data.copy_`` and the like go round: use ``torch.no_grad`` instead.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.detach()  # keeps the memory alive, so that its address names no other tensor
-        self.version = -1
-        self.layout: Tensor | None = None
-
-    def get(self, weight: Tensor, rows: int) -> Tensor | None:
-        if weight.shape != self.weight.shape or weight.dtype != self.weight.dtype:
-            return None
-        if self.layout is None or self.version != weight._version:
-            self.version = weight._version
-            self.layout = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
-        return self.layout
-
-
-_PACKED: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
-
-
-def pack_wanted(weight: Tensor) -> bool:
-    """Whether :func:`keep_packed` should keep a second, packed copy of this weight."""
-    asked = os.environ.get("DIFFFIT_FAST_PACK", "auto")
-    if asked not in ("auto", "0", "1"):
-        raise DiffFitError(f"DIFFFIT_FAST_PACK must be auto, 0 or 1; got {asked!r}")
-    if asked == "0" or weight.device.type != "cpu" or weight.shape[0] < weight.shape[1]:
-        return False
-    if not torch.backends.mkldnn.is_available() or not cpu_has_fast(weight.dtype):
-        return False
-    half = weight.dtype == torch.bfloat16
-    return half or (asked == "1" and weight.dtype == torch.float32)
-
-
-def keep_packed(weights: Iterable[Tensor]) -> list[Packed]:
-    """Pack these frozen weights from now on, as long as the caller keeps the returned list."""
-    kept = []
-    for weight in weights:
-        if pack_wanted(weight):
-            packed = Packed(weight)
-            _PACKED[weight.data_ptr()] = packed
-            kept.append(packed)
-    return kept
-
-
-def _packed(weight: Tensor, rows: int) -> Tensor | None:
-    if not _PACKED or not rows:
-        return None
-    packed = _PACKED.get(weight.data_ptr())
-    return None if packed is None else packed.get(weight, rows)
-
-
-def has_packed(weight: Tensor) -> bool:
-    """Whether :func:`keep_packed` keeps a copy of this weight."""
-    return bool(_PACKED) and weight.data_ptr() in _PACKED
 
 
 def check_operands(name: str, x: Tensor, weight: Tensor) -> None:

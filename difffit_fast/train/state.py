@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .._processes import World
 from ..data.base import visit_seed
 from ..errors import DiffFitError
-from ..models.delta import base_hash, read_delta, untrained_rows
+from ..models.base_hash import other_base
+from ..models.delta import read_delta, untrained_rows
 from ..models.header import read_header
 from .best import Best
 from .checkpoint import Checkpoint, CheckpointFolder
@@ -76,12 +77,10 @@ class RunState:
         seed_generators(visit_seed(self.parts.config.global_seed, step, self.world.rank) % (1 << 63))
 
     def _compare_base(self, delta: Path) -> None:
-        if hasattr(self.parts.model, "save_delta"):
-            theirs = read_delta(delta)[1].get("base_hash")
-            if theirs != base_hash(self.parts.model):
-                ckpt = self.parts.config.ckpt
-                base = f"--ckpt {ckpt}" if ckpt else "the random one of this seed"
-                raise DiffFitError(f"cannot resume {delta}: it was trained on another base than {base}")
+        model, ckpt = self.parts.model, self.parts.config.ckpt
+        if hasattr(model, "save_delta") and other_base(read_delta(delta)[1], model, str(delta)):
+            base = f"--ckpt {ckpt}" if ckpt else "the random one of this seed"
+            raise DiffFitError(f"cannot resume {delta}: it was trained on another base than {base}")
 
     def _compare_classes(self, delta: Path) -> None:
         """The rows of the class table come from the checkpoint: its classes must be the data's, in the same order."""

@@ -60,16 +60,21 @@ def chosen(plan: Spec, base: str, results: Results) -> Chosen:
 
 
 def comparison_specs(plan: Spec, base: str, best: Chosen) -> Iterator[Spec]:
-    """Every method on every domain, seed by seed, so that an interrupted series is complete for the seeds it has."""
-    for seed in plan["seeds"]:
-        for shown in plan["shown"]:
-            for domain in plan["domains"]:
-                yield make_spec(plan, base, "none", domain, shown, seed, 0.0, 0)
-                for name in plan["methods"]:
-                    if (name, str(shown)) in best:
-                        yield make_spec(plan, base, name, domain, shown, seed, *best[name, str(shown)])
-        for family in plan["halves"]:
-            yield make_spec(plan, base, "none", f"half of {family}", "half", seed, 0.0, 0)
-            for name in plan["methods"]:
-                if (name, "20") in best:  # 26 letters are about as many
-                    yield make_spec(plan, base, name, f"half of {family}", "half", seed, *best[name, "20"])
+    """The parts of the comparison in their order, each seed by seed, so that what is interrupted is whole as far as it got."""
+    seen = set()
+    for part in plan["comparison"]:
+        shown = part["shown"]
+        for seed in plan["seeds"]:
+            for domain in part["domains"]:
+                where = f"half of {domain}" if shown == "half" else domain
+                care = "20" if shown == "half" else str(shown)  # 26 letters are about as many
+                for name in ("none", *part["methods"]):
+                    if name == "none":
+                        spec = make_spec(plan, base, name, where, shown, seed, 0.0, 0)
+                    elif (name, care) in best:
+                        spec = make_spec(plan, base, name, where, shown, seed, *best[name, care])
+                    else:
+                        continue
+                    if (key := key_of(spec)) not in seen:
+                        seen.add(key)
+                        yield spec

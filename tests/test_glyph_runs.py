@@ -1,0 +1,168 @@
+"""The base of the glyphs and the experiments with it: what ships, what is run, what is reported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from difffit_fast import DiT, load_model
+from difffit_fast.errors import DiffFitError
+from difffit_fast.models.header import write_model_file
+from difffit_fast.train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+GLYPHS = ROOT / "experiments" / "glyphs"
+if not GLYPHS.is_dir():
+    pytest.skip("the experiments are not part of this installation", allow_module_level=True)
+sys.path[:0] = [str(GLYPHS), str(GLYPHS.parent)]
+pytest.importorskip("matplotlib")
+
+import base  # noqa: E402
+import domains  # noqa: E402
+import plan as planning  # noqa: E402
+from alphabet import LETTERS, Glyphs  # noqa: E402
+from reporting import Results  # noqa: E402
+
+PLAN = yaml.safe_load((GLYPHS / "domains.yaml").read_text(encoding="utf-8"))
+
+
+def glyphs(fonts: list[str]) -> Glyphs:
+    n = len(fonts) * 52
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 1, 24, 24), dtype=torch.uint8, generator=generator)
+    return Glyphs(images, torch.arange(52).repeat(len(fonts)), [f for font in fonts for f in [font] * 52], "letters")
+
+
+# -- the base ----------------------------------------------------------------------------------------------------------
+def test_the_recipe_of_the_base_is_one_that_the_trainer_takes() -> None:
+    settings = yaml.safe_load((GLYPHS / "base.yaml").read_text(encoding="utf-8"))
+    config = TrainConfig(**settings, feature_path="features")
+    assert config.method == "full" and config.ckpt is None and config.flip == "none" and config.vae == "none"
+
+
+def test_what_ships_is_the_averaged_model_in_half_the_bytes(tmp_path: Path) -> None:
+    dit = DiT(input_size=24, patch_size=4, in_channels=1, hidden_size=64, depth=2, num_heads=2, num_classes=52)
+    torch.nn.init.normal_(dit.final_layer.linear.weight, std=0.1)
+    run = tmp_path / "run"
+    for step in (9, 12):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        header = {
+            "config": dit.config,
+            "pos_embed_scale": 1.0,
+            "class_names": list(LETTERS),
+            "step": step,
+            "vae": "none",
+        }
+        write_model_file(run / "checkpoints" / f"{step:07d}.safetensors", "model", dit.state_dict(), header)
+    assert base.newest(run).stem == "0000012"
+    base.pack(base.newest(run), tmp_path / "glyphs.safetensors")
+    loaded = load_model(tmp_path / "glyphs.safetensors")
+    assert loaded.class_names == list(LETTERS) and loaded.header["step"] == 12 and loaded.header["vae"] == "none"
+    for name, tensor in dit.state_dict().items():
+        got = loaded.model.state_dict()[name]
+        exact = name == "pos_embed"
+        torch.testing.assert_close(got, tensor, rtol=0 if exact else 2**-8, atol=0)
+    assert (tmp_path / "glyphs.safetensors").stat().st_size < 0.6 * base.newest(run).stat().st_size
+    with pytest.raises(DiffFitError, match="no checkpoint in"):
+        base.newest(tmp_path)
+
+
+def measured(**changes: float) -> dict:
+    adapted = {"letters": 0.85, "letters_real": 0.9}
+    found = {
+        "letters": 0.97, "letters_real": 0.99, "val_loss": 0.0201, "least_val_loss": 0.02, "loss_shown": 0.02,
+        "loss_not_shown": 0.0205, "copies": 0.01, "adapted_20": dict(adapted), "adapted_300": dict(adapted),
+    }  # fmt: skip
+    for key, value in changes.items():
+        if key.startswith("adapted"):
+            found[key] = {**adapted, "letters": value}
+        else:
+            found[key] = value
+    return found
+
+
+def test_every_part_of_the_gate_can_shut_it() -> None:
+    assert all(base.gate(measured()).values())
+    for change in (
+        {"letters": 0.94}, {"val_loss": 0.0203}, {"loss_not_shown": 0.0231}, {"copies": 0.04}, {"adapted_20": 0.8},
+        {"adapted_300": 0.8},
+    ):  # fmt: skip
+        assert list(base.gate(measured(**change)).values()).count(False) == 1, change
+
+
+def test_the_card_says_what_was_measured_and_what_was_not_passed() -> None:
+    found = measured(letters=0.9)
+    report = {
+        "measured": found, "gate": base.gate(found), "parameters": 1_881_120, "architecture": "DiT-custom", "images": 50180,
+        "families": 430, "licences": "OFL-1.1 417", "step": 20000, "batch": 64,
+    }  # fmt: skip
+    text = base.card(report)
+    for part in (
+        "1.88 M parameters",
+        "90.0%; 99.0%",
+        "50,180 glyphs",
+        "OFL-1.1 417",
+        "≥ 95% | **no** |",
+    ):
+        assert part in text, part
+
+
+def test_the_shipped_base_is_the_one_that_was_measured() -> None:
+    report = ROOT / "docs" / "experiments" / "glyphs_base.json"
+    if not base.FOLDER.is_dir():
+        pytest.skip("no base ships")
+    from difffit_fast._files import sha256
+
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert sha256(base.FOLDER / "glyphs.safetensors") == found["sha256"] and all(found["gate"].values())
+    assert (base.FOLDER / "glyphs.md").read_text(encoding="utf-8") == base.card(found)
+
+
+# -- the runs ----------------------------------------------------------------------------------------------------------
+def test_nothing_is_chosen_on_what_is_reported(tmp_path: Path) -> None:
+    """Tuning looks at families of another part, with a seed that no other run has."""
+    tuning = list(planning.tuning_specs(PLAN, "base"))
+    assert {spec["seed"] for spec in tuning}.isdisjoint(PLAN["seeds"]) and all(
+        spec["sampling"] is None for spec in tuning
+    )
+    assert not planning.chosen(PLAN, "base", Results(tmp_path / "none.jsonl")).keys() & {
+        ("difffit", "20"),
+        ("full", "20"),
+    }
+    results = Results(tmp_path / "runs.jsonl")
+    for spec in tuning:
+        best = spec["lr"] == PLAN["methods"][spec["name"]]["rates"][1]
+        curve = [[step, 1 - 0.1 * best - 0.01 * (step == 200)] for step in (0, *PLAN["steps"])]
+        results.runs[planning.key_of(spec)] = {"curve": curve}
+    chosen = planning.chosen(PLAN, "base", results)
+    for name, method in PLAN["methods"].items():
+        rate = method["rates"][0 if method.get("care") == "none" else 1]
+        assert chosen[name, "20"] == (rate, 200), name
+    specs = list(planning.comparison_specs(PLAN, "base", chosen))
+    keys = [planning.key_of(spec) for spec in specs]
+    assert len(set(keys)) == len(keys) and set(keys).isdisjoint(map(planning.key_of, tuning))
+    assert {spec["seed"] for spec in specs} == set(PLAN["seeds"])
+
+
+def test_halves_of_a_font_share_no_letter_and_have_both_cases() -> None:
+    shown, asked = domains.halves(glyphs(["hand-400"]))
+    assert len(shown) == len(asked) == 26 and not set(shown.labels.tolist()) & set(asked.labels.tolist())
+    for part in (shown, asked):
+        assert sum(part.labels < 26) == 13
+        assert {LETTERS[i].lower() for i in part.labels[:13]} != {LETTERS[i] for i in part.labels[13:]}
+
+
+def test_labels_that_are_sampled_are_those_that_are_asked_for() -> None:
+    few = glyphs(["hand-400"]).where(torch.tensor([3, 7, 30]))
+    assert domains.sampled_labels(few, 7).tolist() == [3, 7, 30, 3, 7, 30, 3]
+
+
+def test_few_are_drawn_by_the_seed() -> None:
+    everything = glyphs(["hand-400", "quill-400"])
+    first, again, other = (domains.thinned(everything, 20, seed) for seed in (1000, 1000, 1001))
+    assert torch.equal(first.images, again.images) and not torch.equal(first.labels, other.labels) and len(first) == 20
