@@ -322,8 +322,8 @@ def block_calls(inputs: list[Tensor]) -> Calls:
     y2, _, *saved = torch.ops.difffit_fast.block(*given)
     z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2 = saved
     kept = detached(
-        *weights, vectors, bias1 if bias1.dim() == 2 else None, joint1, joint2,
-        z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2,
+        *weights, vectors, joint1, joint2, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2,
+        bias1 if bias1.dim() == 2 else None,
     )  # fmt: skip
     ones = torch.ones_like(h).detach()
     grads = ((ones.to(x.dtype), ones, True), (None, ones, False), (ones.to(x.dtype), None, True))

@@ -109,7 +109,6 @@ def _backward(
     fc1: Tensor,
     fc2: Tensor,
     vectors: Tensor,
-    bias1: Tensor | None,
     joint1: Tensor,
     joint2: Tensor,
     z: Tensor,
@@ -124,6 +123,7 @@ def _backward(
     y2: Tensor,
     mean2: Tensor,
     rstd2: Tensor,
+    bias1: Tensor | None,
     num_heads: int,
     backend: str,
     need_dh: bool,
@@ -148,7 +148,8 @@ def _backward(
 
 
 def _backward_fake(dy: Tensor | None, dh: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    _, _, fc1, _, vectors, bias1, joint1, joint2, _, _, _, branch1, y1 = args[:13]
+    _, _, fc1, _, vectors, joint1, joint2, _, _, _, branch1, y1 = args[:12]
+    bias1 = args[-4]
     w = wide(y1.dtype)
     return (
         y1.new_empty(y1.shape), branch1.new_empty(branch1.shape if args[-1] else 0), vectors.new_empty(vectors.shape, dtype=w),
@@ -158,9 +159,9 @@ def _backward_fake(dy: Tensor | None, dh: Tensor | None, *args: Any) -> tuple[Te
 
 
 backward_op = register(
-    "block_backward(Tensor? dy, Tensor? dh, Tensor qkv, Tensor proj, Tensor fc1, Tensor fc2, Tensor vectors, Tensor? bias1,"
-    " Tensor joint1, Tensor joint2, Tensor z, Tensor o, Tensor lse, Tensor branch1, Tensor y1, Tensor mean1, Tensor rstd1,"
-    " Tensor u, Tensor branch2, Tensor y2, Tensor mean2, Tensor rstd2, int num_heads, str backend, bool need_dh)"
+    "block_backward(Tensor? dy, Tensor? dh, Tensor qkv, Tensor proj, Tensor fc1, Tensor fc2, Tensor vectors, Tensor joint1,"
+    " Tensor joint2, Tensor z, Tensor o, Tensor lse, Tensor branch1, Tensor y1, Tensor mean1, Tensor rstd1, Tensor u,"
+    " Tensor branch2, Tensor y2, Tensor mean2, Tensor rstd2, Tensor? bias1, int num_heads, str backend, bool need_dh)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -174,11 +175,12 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     y2, _, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2 = output
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
+    ctx.one_bias = bias1.dim() == 1  # a None among what is saved is lost on the way through a compiler
     ctx.dtypes = vectors.dtype, bias1.dtype, joint1.dtype, joint2.dtype
     if any(ctx.needs_input_grad):
         ctx.save_for_backward(
-            qkv, proj, fc1, fc2, vectors, bias1 if bias1.dim() == 2 else None, joint1, joint2,
-            z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2,
+            qkv, proj, fc1, fc2, vectors, joint1, joint2,
+            z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2, *([] if ctx.one_bias else [bias1]),
         )  # fmt: skip
 
 
@@ -187,7 +189,8 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple:
     if dy is None and dh is None:
         return tuple(grads)
     need = ctx.needs_input_grad
-    dx, dh, *vectors = backward_op(dy, dh, *ctx.saved_tensors, ctx.num_heads, ctx.backend, need[1])
+    saved = (*ctx.saved_tensors, None) if ctx.one_bias else ctx.saved_tensors
+    dx, dh, *vectors = backward_op(dy, dh, *saved, ctx.num_heads, ctx.backend, need[1])
     found = [dx, dh, *(g.to(dtype) for g, dtype in zip(vectors, ctx.dtypes, strict=True))]
     for index, grad in zip((0, 1, 6, 7, 9, 10), found, strict=True):
         if need[index]:

@@ -181,16 +181,17 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     check_frozen(ctx, 3, "the weight of fc2")
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.bias_dtype = b1.dtype
+    ctx.bias_dtype, ctx.one_bias = b1.dtype, b1.dim() == 1
     if any(ctx.needs_input_grad):
-        ctx.save_for_backward(w1, w2, output[1], b1 if b1.dim() == 2 else None)
+        ctx.save_for_backward(w1, w2, output[1], *([] if ctx.one_bias else [b1]))
 
 
 def _autograd(ctx: Any, dbranch: Tensor | None, _: Any) -> tuple:
     if dbranch is None:
         return None, None, None, None
     need_dh, _, need_db, _ = ctx.needs_input_grad
-    dh, db1 = backward_op(dbranch, *ctx.saved_tensors, need_dh)
+    saved = (*ctx.saved_tensors, None) if ctx.one_bias else ctx.saved_tensors
+    dh, db1 = backward_op(dbranch, *saved, need_dh)
     return dh if need_dh else None, None, db1.to(ctx.bias_dtype) if need_db else None, None
 
 
