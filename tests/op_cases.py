@@ -290,8 +290,8 @@ def gelu_calls(inputs: list[Tensor]) -> Calls:
 def mlp_calls(inputs: list[Tensor]) -> Calls:
     _, w1, b1, w2 = inputs
     branch, u = torch.ops.difffit_fast.frozen_mlp(*inputs)
-    kept = detached(torch.ones_like(branch), w1, w2, u, b1 if b1.dim() == 2 else None)
-    backward = [("frozen_mlp_backward", (*kept, dh)) for dh in (True, False)]
+    kept, own = detached(torch.ones_like(branch), w1, w2, u), detached(b1) if b1.dim() == 2 else ()
+    backward = [("frozen_mlp_backward", (*kept, dh, *own)) for dh in (True, False)]
     return [("frozen_mlp", tuple(inputs)), *backward]
 
 
@@ -322,14 +322,14 @@ def block_calls(inputs: list[Tensor]) -> Calls:
     y2, _, *saved = torch.ops.difffit_fast.block(*given)
     z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2 = saved
     kept = detached(
-        *weights, vectors, joint1, joint2, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2,
-        bias1 if bias1.dim() == 2 else None,
-    )  # fmt: skip
+        *weights, vectors, joint1, joint2, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2
+    )
+    own = detached(bias1) if bias1.dim() == 2 else ()
     ones = torch.ones_like(h).detach()
     grads = ((ones.to(x.dtype), ones, True), (None, ones, False), (ones.to(x.dtype), None, True))
     return [
         ("block", given),
-        *(("block_backward", (dy, dh, *kept, HEADS, "fused", need)) for dy, dh, need in grads),
+        *(("block_backward", (dy, dh, *kept, HEADS, "fused", need, *own)) for dy, dh, need in grads),
     ]
 
 

@@ -123,10 +123,10 @@ def _backward(
     y2: Tensor,
     mean2: Tensor,
     rstd2: Tensor,
-    bias1: Tensor | None,
     num_heads: int,
     backend: str,
     need_dh: bool,
+    bias1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
@@ -139,7 +139,7 @@ def _backward(
             djoint2 = torch.cat([torch.stack(two), joint2.new_zeros(2, *joint2.shape[1:])])
         else:
             dx, dbranch, djoint2 = join(dh.contiguous(), dy, y2, branch2, joint2[0], joint2[2], mean2, rstd2)
-        dh, dbias1 = frozen_mlp.backward(dbranch.view(-1, d), fc1, fc2, u, bias1, True)
+        dh, dbias1 = frozen_mlp.backward(dbranch.view(-1, d), fc1, fc2, u, True, bias1)
         dx, dbranch, djoint1 = join(dh.view(shape), dx, y1, branch1, joint1[0], joint1[2], mean1, rstd1)
         do = dgrad(dbranch.view(-1, d), proj).view(shape)
         dz, dvectors = attention.backward(do, z, _wide(y1, vectors), o, lse, num_heads, backend)
@@ -149,10 +149,10 @@ def _backward(
 
 def _backward_fake(dy: Tensor | None, dh: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     _, _, fc1, _, vectors, joint1, joint2, _, _, _, branch1, y1 = args[:12]
-    bias1 = args[-4]
+    need_dh, bias1 = (*args[_SAVED + 2 :], None)[:2]
     w = wide(y1.dtype)
     return (
-        y1.new_empty(y1.shape), branch1.new_empty(branch1.shape if args[-1] else 0), vectors.new_empty(vectors.shape, dtype=w),
+        y1.new_empty(y1.shape), branch1.new_empty(branch1.shape if need_dh else 0), vectors.new_empty(vectors.shape, dtype=w),
         y1.new_empty(fc1.shape[:1] if bias1 is None else bias1.shape, dtype=w),
         joint1.new_empty(joint1.shape, dtype=w), joint2.new_empty(joint2.shape, dtype=w),
     )  # fmt: skip
@@ -161,11 +161,15 @@ def _backward_fake(dy: Tensor | None, dh: Tensor | None, *args: Any) -> tuple[Te
 backward_op = register(
     "block_backward(Tensor? dy, Tensor? dh, Tensor qkv, Tensor proj, Tensor fc1, Tensor fc2, Tensor vectors, Tensor joint1,"
     " Tensor joint2, Tensor z, Tensor o, Tensor lse, Tensor branch1, Tensor y1, Tensor mean1, Tensor rstd1, Tensor u,"
-    " Tensor branch2, Tensor y2, Tensor mean2, Tensor rstd2, Tensor? bias1, int num_heads, str backend, bool need_dh)"
+    " Tensor branch2, Tensor y2, Tensor mean2, Tensor rstd2, int num_heads, str backend, bool need_dh,"
+    " Tensor? bias1=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
+
+
+_SAVED = 19  # tensors, always; then the bias of fc1 where each sample has its own
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -175,12 +179,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     y2, _, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2 = output
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.one_bias = bias1.dim() == 1  # a None among what is saved is lost on the way through a compiler
     ctx.dtypes = vectors.dtype, bias1.dtype, joint1.dtype, joint2.dtype
     if any(ctx.needs_input_grad):
         ctx.save_for_backward(
             qkv, proj, fc1, fc2, vectors, joint1, joint2,
-            z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2, *([] if ctx.one_bias else [bias1]),
+            z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2, *([bias1] if bias1.dim() == 2 else []),
         )  # fmt: skip
 
 
@@ -189,8 +192,9 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple:
     if dy is None and dh is None:
         return tuple(grads)
     need = ctx.needs_input_grad
-    saved = (*ctx.saved_tensors, None) if ctx.one_bias else ctx.saved_tensors
-    dx, dh, *vectors = backward_op(dy, dh, *saved, ctx.num_heads, ctx.backend, need[1])
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets them be asked for no second time
+    rest = ctx.num_heads, ctx.backend, need[1], *saved[_SAVED:]
+    dx, dh, *vectors = backward_op(dy, dh, *saved[:_SAVED], *rest)
     found = [dx, dh, *(g.to(dtype) for g, dtype in zip(vectors, ctx.dtypes, strict=True))]
     for index, grad in zip((0, 1, 6, 7, 9, 10), found, strict=True):
         if need[index]:

@@ -121,7 +121,7 @@ def _wide(like: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(
-    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, bias: Tensor | None, need_dh: bool
+    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dh (M, D), empty where it is not needed, and db1, float32, from the gradient of the branch, (M, D).
 
@@ -154,22 +154,22 @@ def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor
 
 
 def _backward(
-    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, bias: Tensor | None, need_dh: bool
+    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     dbranch2 = rows(dbranch).contiguous()
-    dh, db1 = backward(dbranch2, w1, w2, u, bias, need_dh)
+    dh, db1 = backward(dbranch2, w1, w2, u, need_dh, bias)
     return (dh.view(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dh), db1
 
 
 def _backward_fake(
-    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, bias: Tensor | None, need_dh: bool
+    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     dh = dbranch.new_empty(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dbranch.new_empty(0)
     return dh, dbranch.new_empty(w1.shape[:1] if bias is None else bias.shape, dtype=wide(dbranch.dtype))
 
 
 backward_op = register(
-    "frozen_mlp_backward(Tensor dbranch, Tensor w1, Tensor w2, Tensor u, Tensor? bias, bool need_dh) -> (Tensor, Tensor)",
+    "frozen_mlp_backward(Tensor dbranch, Tensor w1, Tensor w2, Tensor u, bool need_dh, Tensor? bias=None) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -181,17 +181,17 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     check_frozen(ctx, 3, "the weight of fc2")
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.bias_dtype, ctx.one_bias = b1.dtype, b1.dim() == 1
+    ctx.bias_dtype = b1.dtype
     if any(ctx.needs_input_grad):
-        ctx.save_for_backward(w1, w2, output[1], *([] if ctx.one_bias else [b1]))
+        ctx.save_for_backward(w1, w2, output[1], *([b1] if b1.dim() == 2 else []))
 
 
 def _autograd(ctx: Any, dbranch: Tensor | None, _: Any) -> tuple:
     if dbranch is None:
         return None, None, None, None
     need_dh, _, need_db, _ = ctx.needs_input_grad
-    saved = (*ctx.saved_tensors, None) if ctx.one_bias else ctx.saved_tensors
-    dh, db1 = backward_op(dbranch, *saved, need_dh)
+    w1, w2, u, *own = ctx.saved_tensors
+    dh, db1 = backward_op(dbranch, w1, w2, u, need_dh, *own)
     return dh if need_dh else None, None, db1.to(ctx.bias_dtype) if need_db else None, None
 
 
