@@ -78,7 +78,7 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
     h = torch.empty(B, T, dim, dtype=h_dtype)
     v = torch.empty(B, dim)
     stat = torch.empty(B, T)
-    u = torch.empty(M, N, dtype=h_dtype)
+    u, biases = torch.empty(M, N, dtype=h_dtype), torch.empty(B, N)
     qkv = torch.empty(M, 3 * dim, dtype=h_dtype)
     m, of_m, norm = torch.empty(B, 8, dim, dtype=h_dtype), torch.empty(8, dim), torch.empty(3, 2, dim)
     planes, per_branch = torch.empty(10, B, dim), torch.empty(2, dim)
@@ -112,6 +112,8 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "residual_adaln_backward, no dy": lambda: residual.residual_adaln_backward(h, None, x, h, v, v, stat, stat),
         "gelu_forward": lambda: frozen_mlp.gelu_forward(u),
         "gelu_backward": lambda: frozen_mlp.gelu_backward(u, u),
+        "gelu_forward, a bias each": lambda: frozen_mlp.gelu_forward(u, biases),
+        "gelu_backward, a bias each": lambda: frozen_mlp.gelu_backward(u, u, biases),
         "colsum": lambda: colsum.colsum(u),
         "modulation_forward": lambda: modulation.modulation_forward(m, of_m, norm, per_branch, per_branch),
         "modulation_backward": lambda: modulation.modulation_backward(planes, m, of_m, norm, per_branch, per_branch),

@@ -408,7 +408,8 @@ KERNELS: dict[str, Kernel] = {
         "joins", "dh dy y branch gate scale mean rstd", "dx dbranch", "dgate dbias dscale dshift"
     ),
     "gelu_forward": Kernel("GELU", "u", "g"),
-    "gelu_backward": Kernel("GELU", "dg u", "du", "db"),
+    "gelu_bias_forward": Kernel("GELU", "u bias", "g"),
+    "gelu_backward": Kernel("GELU", "dg u bias", "du", "db"),
     "attention_forward": Kernel("attention", "z vectors", "o lse", flops=_attention_flops(2), attention=_ours(0)),
     "attention_dq": Kernel(
         "attention", "do z vectors o lse", "delta dz", "part", {"dz": Fraction(1, 3)}, _attention_flops(3), _ours(1)

@@ -5,12 +5,16 @@
 // Bytes: forward reads u and writes g; backward reads dg, u and writes du. db sums the float32 values before rounding,
 // by chunk (ops.h). These are the only kernels here that arithmetic limits rather than memory: see elementary.h.
 //
+// With a bias (B, N), one for each of B samples, u is the bare product: g = gelu(u + bias), du = dg·g'(u + bias), and db
+// (B, N) is the sum over each sample's rows.
+//
 // mlp_forward and mlp_backward make both products as well (float32). The weights are laid out in panels at each call, of
 // which M·16 multiplications an element make little; then every thread takes some rows through fc1, GELU and fc2, 256
 // hidden channels at a time: g, dg and du stay in the second-level cache and are never in memory. 4·M·D·F operations each
 // way; of bytes, forward h, both weights, u and branch, backward dbranch, both weights, u and dh.
 #include "ops.h"
 
+#include <optional>
 #include <utility>
 
 #define DIFFFIT_KERNELS "frozen_mlp_kernels.h"
@@ -19,15 +23,43 @@
 namespace difffit {
 namespace {
 
-Tensor gelu_forward(const Tensor& u) {
-  check("gelu_forward", "u", u, 2);
+// How many of `rows` rows are each sample's, by its (samples, N) biases, which are checked.
+int64_t rows_of_each(const char* op, const char* name, const Tensor& bias, int64_t rows, int64_t N) {
+  const int64_t samples = bias.size(0);
+  check_vector(op, name, bias, {samples, N});
+  STD_TORCH_CHECK(samples ? rows % samples == 0 : rows == 0, op, ": ", name, " must be one for each sample; got ", samples,
+                  " for ", rows, " rows");
+  return samples ? rows / samples : 0;
+}
+
+// Chunks of the rows of each sample where each has its bias, else of all rows.
+Chunks chunks_by_sample(const char* op, const std::optional<Tensor>& bias, int64_t M, int64_t N) {
+  if (!bias) return Chunks(1, M, N);
+  check(op, "bias", *bias, 2, true);
+  return Chunks(bias->size(0), rows_of_each(op, "bias", *bias, M, N), N);
+}
+
+Tensor sums_by_sample(const Tensor& like, const std::optional<Tensor>& bias, int64_t N) {
+  return bias ? empty(like, {bias->size(0), N}) : empty(like, {N});
+}
+
+Tensor gelu_forward(const Tensor& u, const std::optional<Tensor>& bias) {
+  const char* op = "gelu_forward";
+  check(op, "u", u, 2);
   const int64_t M = u.size(0), N = u.size(1), total = M * N;
+  const Chunks chunks = chunks_by_sample(op, bias, M, N);
   Tensor g = empty(u, {M, N}, u.scalar_type());
   dispatch(u.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
-    const auto kernel = DIFFFIT_PICK(gelu_forward_chunk<T>);
     const T* pu = in<T>(u);
     T* pg = out<T>(g);
+    if (bias) {
+      const auto kernel = DIFFFIT_PICK(gelu_bias_forward_chunk<T>);
+      const float* pbias = in<float>(*bias);
+      chunks.run([&](const Chunk& k) { kernel(pu + k.row * N, pbias + k.sample * N, pg + k.row * N, k.rows, N); });
+      return;
+    }
+    const auto kernel = DIFFFIT_PICK(gelu_forward_chunk<T>);
     torch::stable::parallel_for(0, (total + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
       kernel(pu + begin * kGrain, pg + begin * kGrain, std::min(end * kGrain, total) - begin * kGrain);
     });
@@ -35,22 +67,24 @@ Tensor gelu_forward(const Tensor& u) {
   return g;
 }
 
-std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dg, const Tensor& u) {
+std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dg, const Tensor& u, const std::optional<Tensor>& bias) {
   const char* op = "gelu_backward";
   check(op, "u", u, 2);
   const int64_t M = u.size(0), N = u.size(1);
   check_shape(op, "dg", dg, {M, N});
   check_same_dtype(op, "dg", dg, "u", u);
-  Tensor du = empty(u, {M, N}, u.scalar_type()), db = empty(u, {N});
-  const Chunks chunks(1, M, N);
+  const Chunks chunks = chunks_by_sample(op, bias, M, N);
+  Tensor du = empty(u, {M, N}, u.scalar_type()), db = sums_by_sample(u, bias, N);
   const Partials partials(chunks, 1, N);
   dispatch(u.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
-    const auto kernel = DIFFFIT_PICK(gelu_backward_chunk<T>);
+    const auto kernel = bias ? DIFFFIT_PICK(gelu_backward_chunk<true, T>) : DIFFFIT_PICK(gelu_backward_chunk<false, T>);
+    const float* pbias = bias ? in<float>(*bias) : nullptr;
     const T *pdg = in<T>(dg), *pu = in<T>(u);
     T* pdu = out<T>(du);
     chunks.run([&](const Chunk& k) {
-      kernel(pdg + k.row * N, pu + k.row * N, pdu + k.row * N, partials.of(k), k.rows, N);
+      kernel(pdg + k.row * N, pu + k.row * N, bias ? pbias + k.sample * N : nullptr, pdu + k.row * N, partials.of(k),
+             k.rows, N);
     });
   });
   partials.reduce(DIFFFIT_PICK(sum_partials), {db});
@@ -72,17 +106,24 @@ struct MlpSizes {
                     kGranule, "; got ", shape(w1));
   }
 
-  // Runs f(row, rows, memory) for units of whole chunks, about as many for each thread, with `room`(rows) floats.
+  // Runs f(chunk, memory) for units of whole chunks of one sample, about as many for each thread, with `room`(rows) floats;
+  // a unit is told as its first chunk, with the rows of all of them.
   template <class Room, class Run>
-  void for_units(Room room, Run f) const {
-    const int64_t chunks = (M + kChunkRows - 1) / kChunkRows;
+  void for_units(const Chunks& by_sample, Room room, Run f) const {
+    const int64_t chunks = by_sample.count();
     if (chunks == 0) return;
+    const int64_t T = M / by_sample.samples();
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t wanted = threads * ((chunks + threads * kUnitChunks - 1) / (threads * kUnitChunks));
-    const int64_t rows = (chunks + wanted - 1) / wanted * kChunkRows;
-    torch::stable::parallel_for(0, (M + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rows = (chunks + wanted - 1) / wanted * kChunkRows, units = (T + rows - 1) / rows;
+    torch::stable::parallel_for(0, by_sample.samples() * units, 1, [&](int64_t begin, int64_t end) {
       const Aligned memory(room(rows));
-      for (int64_t i = begin; i < end; ++i) f(i * rows, std::min(rows, M - i * rows), memory.data);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t sample = i / units, first = i % units * rows;
+        f(Chunk{sample * by_sample.per_sample() + first / kChunkRows, sample, sample * T + first,
+                std::min(rows, T - first)},
+          memory.data);
+      }
     });
   }
 };
@@ -112,35 +153,38 @@ std::tuple<Tensor, Tensor> mlp_forward(const Tensor& h, const Tensor& w1, const 
   check(op, "h", h, 2, true);
   const MlpSizes s(op, w1, w2, h.size(0));
   check_vector(op, "h", h, {s.M, s.D});
-  check_vector(op, "b1", b1, {s.F});
+  const bool each = b1.dim() == 2;
+  if (!each) check_vector(op, "b1", b1, {s.F});
+  const Chunks chunks = each ? Chunks(b1.size(0), rows_of_each(op, "b1", b1, s.M, s.F), s.F) : Chunks(1, s.M, s.F);
   Tensor branch = empty(h, {s.M, s.D}), u = empty(h, {s.M, s.F});
   const Aligned p1 = packed_rows(w1), p2 = packed_rows(w2);
-  const auto kernel = DIFFFIT_PICK(mlp_forward_rows);
+  const auto kernel = each ? DIFFFIT_PICK(mlp_forward_rows<true>) : DIFFFIT_PICK(mlp_forward_rows<false>);
   const float *ph = in<float>(h), *pb = in<float>(b1);
   float *pu = out<float>(u), *pbranch = out<float>(branch);
-  s.for_units(DIFFFIT_PICK(mlp_room), [&](int64_t row, int64_t rows, float* memory) {
-    kernel(ph + row * s.D, p1.data, pb, p2.data, pu + row * s.F, pbranch + row * s.D, memory, rows, s.D, s.F);
+  s.for_units(chunks, DIFFFIT_PICK(mlp_room), [&](const Chunk& k, float* memory) {
+    kernel(ph + k.row * s.D, p1.data, pb + k.sample * s.F, p2.data, pu + k.row * s.F, pbranch + k.row * s.D, memory,
+           k.rows, s.D, s.F);
   });
   return {branch, u};
 }
 
 std::tuple<Tensor, Tensor> mlp_backward(const Tensor& dbranch, const Tensor& w1, const Tensor& w2, const Tensor& u,
-                                        bool need_dh) {
+                                        bool need_dh, const std::optional<Tensor>& bias) {
   const char* op = "mlp_backward";
   check(op, "u", u, 2, true);
   const MlpSizes s(op, w1, w2, u.size(0));
   check_vector(op, "u", u, {s.M, s.F});
   check_vector(op, "dbranch", dbranch, {s.M, s.D});
-  Tensor dh = empty(u, {need_dh ? s.M : 0, s.D}), db = empty(u, {s.F});
+  const Chunks chunks = chunks_by_sample(op, bias, s.M, s.F);
+  Tensor dh = empty(u, {need_dh ? s.M : 0, s.D}), db = sums_by_sample(u, bias, s.F);
   const Aligned p1 = need_dh ? packed_columns(w1) : Aligned(0), p2 = packed_columns(w2);
-  const Chunks chunks(1, s.M, s.F);
   const Partials partials(chunks, 1, s.F);
-  const auto kernel = DIFFFIT_PICK(mlp_backward_rows);
-  const float *pd = in<float>(dbranch), *pu = in<float>(u);
+  const auto kernel = bias ? DIFFFIT_PICK(mlp_backward_rows<true>) : DIFFFIT_PICK(mlp_backward_rows<false>);
+  const float *pd = in<float>(dbranch), *pu = in<float>(u), *pbias = bias ? in<float>(*bias) : nullptr;
   float* pdh = need_dh ? out<float>(dh) : nullptr;
-  s.for_units(DIFFFIT_PICK(mlp_room), [&](int64_t row, int64_t rows, float* memory) {
-    kernel(pd + row * s.D, p1.data, p2.data, pu + row * s.F, pdh ? pdh + row * s.D : nullptr,
-           partials.of({row / kChunkRows, 0, row, rows}), memory, rows, s.D, s.F);
+  s.for_units(chunks, DIFFFIT_PICK(mlp_room), [&](const Chunk& k, float* memory) {
+    kernel(pd + k.row * s.D, p1.data, p2.data, pu + k.row * s.F, bias ? pbias + k.sample * s.F : nullptr,
+           pdh ? pdh + k.row * s.D : nullptr, partials.of(k), memory, k.rows, s.D, s.F);
   });
   partials.reduce(DIFFFIT_PICK(sum_partials), {db});
   return {dh, db};
@@ -149,10 +193,11 @@ std::tuple<Tensor, Tensor> mlp_backward(const Tensor& dbranch, const Tensor& w1,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(difffit_fast_cpp, m) {
-  m.def("gelu_forward(Tensor u) -> Tensor");
-  m.def("gelu_backward(Tensor dg, Tensor u) -> (Tensor, Tensor)");
+  m.def("gelu_forward(Tensor u, Tensor? bias=None) -> Tensor");
+  m.def("gelu_backward(Tensor dg, Tensor u, Tensor? bias=None) -> (Tensor, Tensor)");
   m.def("mlp_forward(Tensor h, Tensor w1, Tensor b1, Tensor w2) -> (Tensor, Tensor)");
-  m.def("mlp_backward(Tensor dbranch, Tensor w1, Tensor w2, Tensor u, bool need_dh) -> (Tensor, Tensor)");
+  m.def(
+      "mlp_backward(Tensor dbranch, Tensor w1, Tensor w2, Tensor u, bool need_dh, Tensor? bias=None) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(difffit_fast_cpp, CPU, m) {

@@ -4,10 +4,15 @@
     GELU(u) = u·σ,   GELU'(u) = σ + u·σ·(1 − σ)·2·z'(u),   z'(u) = √(2/π)·(1 + 3·0.044715·u²)
     du = dg·GELU'(u),   db = Σ_m du  (of the float32 values, before they are rounded)
 
-Bytes per element in bfloat16: forward 4 (reads u, writes g), backward 6 (reads dg, u, writes du).
+Where each sample has a bias of its own, u is the bare product and both add the bias to it on the way: g = GELU(u + b),
+du = dg·GELU'(u + b), db = Σ_t du of each sample.
 
-Who owns what: the forward is element by element. In the backward a program owns a chunk of rows and 128 columns, keeps
-their sums in registers and writes one row of [chunks, N], which ``sums.finish`` adds up.
+Bytes per element in bfloat16: forward 4 (reads u, writes g), backward 6 (reads dg, u, writes du), and a bias per sample
+once per chunk of rows.
+
+Who owns what: the forward is element by element. In the backward, and in the forward with a bias per sample, a program owns
+a chunk of the rows of one sample and 128 columns; the backward keeps their sums in registers and writes one row of
+[samples, chunks, N], which ``sums.finish`` adds up.
 """
 
 from __future__ import annotations
@@ -49,28 +54,63 @@ def _gelu_forward_kernel(u_ptr, g_ptr, n, BLOCK: tl.constexpr):
     tl.store(g_ptr + start + at, narrow(_gelu(u), g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "chunk_rows"])
-def _gelu_backward_kernel(
-    dg_ptr, u_ptr, du_ptr, db_ptr, M, chunk_rows,
+@triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
+def _gelu_bias_forward_kernel(
+    u_ptr, bias_ptr, g_ptr, T, chunk_rows, chunks,
     N: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (N + COLS - 1) // COLS
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
-    chunk = (tl.program_id(0) // blocks).to(tl.int64)
-    first = chunk * chunk_rows
-    count = tl.minimum(M - first, chunk_rows).to(tl.int32)
+    chunk = tl.program_id(0) // blocks
+    sample = (chunk // chunks).to(tl.int64)
+    first = (chunk % chunks) * chunk_rows
+    count = tl.minimum(T - first, chunk_rows)
+    row = sample * T + first
     inside = cols < N
+    bias = tl.load(bias_ptr + (sample * N + cols), mask=inside, other=0.0)
+    u_ptr += row * N
+    g_ptr += row * N
+    start = 0
+    while start < count:
+        u = load_stack(u_ptr, start, count, cols, inside, N, SUB, COUNT)
+        g = ()
+        for i in tl.static_range(COUNT):
+            g = g + (_gelu(u[i] + bias[None, :]),)
+        store_stack(g_ptr, g, start, count, cols, inside, N, SUB, COUNT)
+        start += SUB * COUNT
+
+
+@triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
+def _gelu_backward_kernel(
+    dg_ptr, u_ptr, bias_ptr, du_ptr, db_ptr, T, chunk_rows, chunks,
+    BIAS: tl.constexpr, N: tl.constexpr, SUB: tl.constexpr, COUNT: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (N + COLS - 1) // COLS
+    cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
+    chunk = (tl.program_id(0) // blocks).to(tl.int64)
+    inside = cols < N
+    first = chunk * chunk_rows
+    row = first
+    if BIAS:  # otherwise there is one sample, of all rows
+        sample = chunk // chunks
+        first = (chunk % chunks) * chunk_rows
+        row = sample * T + first
+        bias = tl.load(bias_ptr + (sample * N + cols), mask=inside, other=0.0)
+    count = tl.minimum(T - first, chunk_rows).to(tl.int32)
     db = tl.zeros([SUB, COLS], dtype=tl.float32)
-    dg_ptr += first * N
-    u_ptr += first * N
-    du_ptr += first * N
+    dg_ptr += row * N
+    u_ptr += row * N
+    du_ptr += row * N
     start = 0
     while start < count:
         dg = load_stack(dg_ptr, start, count, cols, inside, N, SUB, COUNT)
         u = load_stack(u_ptr, start, count, cols, inside, N, SUB, COUNT)
         du = ()
         for i in tl.static_range(COUNT):
-            du_i = dg[i] * _gelu_slope(u[i])
+            if BIAS:
+                du_i = dg[i] * _gelu_slope(u[i] + bias[None, :])
+            else:
+                du_i = dg[i] * _gelu_slope(u[i])
             db += du_i
             du = du + (du_i,)
         store_stack(du_ptr, du, start, count, cols, inside, N, SUB, COUNT)
@@ -78,29 +118,53 @@ def _gelu_backward_kernel(
     tl.store(db_ptr + (chunk * N + cols), tl.sum(db, axis=0), mask=inside)
 
 
-def gelu_forward(u: torch.Tensor) -> torch.Tensor:
-    """g = GELU(u), tanh form, computed in float32. Args: u [M, N]. Returns: [M, N] in the type of u."""
+def gelu_forward(u: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """g = GELU(u), tanh form, computed in float32; GELU(u + bias) where each sample has one.
+
+    Args: u [M, N]; bias float32 [samples, N]: row m is of sample m·samples/M. Returns: [M, N] in the type of u.
+    """
     g = torch.empty_like(u)
     n = u.numel()
     if n == 0:
+        return g
+    if bias is not None:
+        samples, N = bias.shape
+        T = u.shape[0] // samples
+        plan = tile_plan(architecture(u.device), vector(u))
+        blocks = -(-N // plan.cols)
+        chunk_rows, chunks = chunks_of(T, plan, samples * blocks)
+        launch(
+            _gelu_bias_forward_kernel, samples * chunks * blocks, u.device, u, bias, g, T, chunk_rows, chunks,
+            N=N, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
+        )  # fmt: skip
         return g
     plan = flat_plan(architecture(u.device))
     launch(_gelu_forward_kernel, -(-n // plan.cols), u.device, u, g, n, BLOCK=plan.cols, num_warps=plan.warps)
     return g
 
 
-def gelu_backward(dg: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """du = dg·GELU'(u) in the type of u, and db = Σ_m du, float32 [N]. Args: dg, u [M, N]."""
+def gelu_backward(
+    dg: torch.Tensor, u: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """du = dg·GELU'(u) in the type of u, and db = Σ_m du, float32 [N].
+
+    With a bias, as in :func:`gelu_forward`: du = dg·GELU'(u + bias), and db [samples, N] of the rows of each sample.
+
+    Args: dg, u [M, N]; bias float32 [samples, N] or None.
+    """
     M, N = u.shape
+    sums = (N,) if bias is None else bias.shape
     du = torch.empty_like(u)
     if u.numel() == 0:
-        return du, u.new_zeros((N,), dtype=torch.float32)
+        return du, u.new_zeros(sums, dtype=torch.float32)
+    samples = 1 if bias is None else bias.shape[0]
+    T = M // samples
     plan = tile_plan(architecture(u.device), vector(u))
     blocks = -(-N // plan.cols)
-    chunk_rows, chunks = chunks_of(M, plan, blocks)
-    db = torch.empty((1, chunks, N), dtype=torch.float32, device=u.device)
+    chunk_rows, chunks = chunks_of(T, plan, samples * blocks)
+    db = torch.empty((samples, chunks, N), dtype=torch.float32, device=u.device)
     launch(
-        _gelu_backward_kernel, chunks * blocks, u.device, dg, u, du, db, M, chunk_rows,
-        N=N, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
+        _gelu_backward_kernel, samples * chunks * blocks, u.device, dg, u, bias, du, db, T, chunk_rows, chunks,
+        BIAS=bias is not None, N=N, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
-    return du, finish(db)[0].view(N)
+    return du, finish(db)[0].view(sums)

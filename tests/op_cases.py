@@ -60,7 +60,7 @@ def true_stacked_matvec(v: Tensor, *weights: Tensor) -> Tensor:
 
 
 def true_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-    return F.gelu(h @ w1.t() + b1, approximate="tanh") @ w2.t()
+    return F.gelu(h @ w1.t() + b1[..., None, :], approximate="tanh") @ w2.t()
 
 
 def true_attention(
@@ -139,10 +139,12 @@ def gelu_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Te
     return mlp_inputs(size, stream, branch)[:3]
 
 
-def mlp_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+def mlp_inputs(size: Size, stream: torch.dtype, branch: torch.dtype, each: bool = False) -> list[Tensor]:
+    """``each``: every sample has a bias of its own."""
     b, t, d, f = size
+    mine = (b,) if each else ()
     w1, w2 = draw(f, d) / d**0.5, draw(d, f) / f**0.5
-    return [draw(b, t, d, dtype=branch), (2 * w1).to(branch), draw(f, dtype=F32), w2.to(branch)]
+    return [draw(b, t, d, dtype=branch), (2 * w1).to(branch), draw(*mine, f, dtype=F32), w2.to(branch)]
 
 
 def attention_inputs(vectors: str, size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
@@ -159,10 +161,11 @@ def modulation_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> l
     return [draw(b, 3 * j + 2, d, dtype=branch), *(draw(*shape, dtype=F32, shift=0.5) for shape in shapes)]
 
 
-def block_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+def block_inputs(size: Size, stream: torch.dtype, branch: torch.dtype, each: bool = False) -> list[Tensor]:
     b, t, d, f = size
+    mine = (b,) if each else ()
     weights = [(draw(n, k) / k**0.5).to(branch) for n, k in ((3 * d, d), (d, d), (f, d), (d, f))]
-    vectors = [draw(d, dtype=F32), draw(3 * d, dtype=F32, shift=1), draw(f, dtype=F32)]
+    vectors = [draw(d, dtype=F32), draw(3 * d, dtype=F32, shift=1), draw(*mine, f, dtype=F32)]
     joints = [draw(4, b, d, dtype=F32) for _ in range(2)]
     return [draw(b, t, d, dtype=stream), draw(b, t, d, dtype=branch), *weights, *vectors, *joints]
 
@@ -285,9 +288,10 @@ def gelu_calls(inputs: list[Tensor]) -> Calls:
 
 
 def mlp_calls(inputs: list[Tensor]) -> Calls:
-    _, w1, _, w2 = inputs
+    _, w1, b1, w2 = inputs
     branch, u = torch.ops.difffit_fast.frozen_mlp(*inputs)
-    backward = [("frozen_mlp_backward", (*detached(torch.ones_like(branch), w1, w2, u), dh)) for dh in (True, False)]
+    kept, own = detached(torch.ones_like(branch), w1, w2, u), detached(b1) if b1.dim() == 2 else ()
+    backward = [("frozen_mlp_backward", (*kept, dh, *own)) for dh in (True, False)]
     return [("frozen_mlp", tuple(inputs)), *backward]
 
 
@@ -320,11 +324,12 @@ def block_calls(inputs: list[Tensor]) -> Calls:
     kept = detached(
         *weights, vectors, joint1, joint2, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2
     )
+    own = detached(bias1) if bias1.dim() == 2 else ()
     ones = torch.ones_like(h).detach()
     grads = ((ones.to(x.dtype), ones, True), (None, ones, False), (ones.to(x.dtype), None, True))
     return [
         ("block", given),
-        *(("block_backward", (dy, dh, *kept, HEADS, "fused", need)) for dy, dh, need in grads),
+        *(("block_backward", (dy, dh, *kept, HEADS, "fused", need, *own)) for dy, dh, need in grads),
     ]
 
 
@@ -377,12 +382,17 @@ CASES = [
         gpu=((1, 1, 72, 40), (2, 256, 1152, 4608), (0, 4, 72, 40)), small=(2, 5, 72, 40),
         roundings={BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 4, F16: 4},  # u is rounded on the way
     ),
-    Case(
-        "frozen_mlp", frozen_mlp, true_mlp, mlp_inputs, (True, False, True, False), mlp_calls,
-        sizes=((1, 1, 72, 288), (2, 77, 72, 100), (0, 4, 72, 288), (3, 37, 100, 33)), triton=((2, 5, 72, 40), (0, 4, 72, 40)),
-        gpu=((1, 1, 72, 288), (2, 256, 1152, 4608), (3, 37, 100, 33), (0, 4, 72, 288)), small=(2, 5, 72, 40),
-        # The pre-activation and the activation are rounded on the way: three times in the forward, four in the backward.
-        roundings={BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 3, F16: 3},
+    *(
+        Case(
+            f"frozen_mlp{' with a bias each' if each else ''}", frozen_mlp, true_mlp,
+            functools.partial(mlp_inputs, each=each), (True, False, True, False), mlp_calls,
+            sizes=((1, 1, 72, 288), (2, 77, 72, 100), (0, 4, 72, 288), (3, 37, 100, 33), *(((2, 0, 72, 40),) if each else ())),
+            triton=((2, 5, 72, 40), (0, 4, 72, 40)),
+            gpu=((1, 1, 72, 288), (2, 256, 1152, 4608), (3, 37, 100, 33), (0, 4, 72, 288)), small=(2, 5, 72, 40),
+            # The pre-activation and the activation are rounded on the way: three times in the forward, four in the backward.
+            roundings={BF16: 2, F16: 2}, roundings_gpu={F32: 4, BF16: 3, F16: 3},
+        )
+        for each in (False, True)
     ),
     *(
         Case(
@@ -402,11 +412,16 @@ CASES = [
         sizes=((1, 1, 72), (5, 4, 37), (2, 24, 384), (0, 2, 72)), triton=((2, 2, 40), (9, 1, 600), (0, 2, 40)),
         gpu=((32, 56, 1152), (0, 2, 40), (5, 4, 37)), small=(2, 2, 40),
     ),
-    Case(
-        "block", plain_block, true_block, block_inputs, (True, True, *(False,) * 4, *(True,) * 5), block_calls,
-        sizes=((1, 2, 24, 40), (2, 37, 72, 288), (0, 4, 24, 40), (3, 5, 36, 33)), triton=((2, 5, 24, 40), (0, 4, 24, 40)),
-        gpu=((1, 3, 72, 288), (2, 256, 216, 864), (0, 4, 24, 40)), small=(2, 5, 24, 40), dtypes=STREAMS[:2],
-        roundings={F32: 6, BF16: 5, F16: 5}, roundings_gpu={F32: 8, BF16: 8, F16: 8},
+    *(
+        Case(
+            f"block{' with a bias each' if each else ''}", plain_block, true_block,
+            functools.partial(block_inputs, each=each), (True, True, *(False,) * 4, *(True,) * 5), block_calls,
+            sizes=((1, 2, 24, 40), (2, 37, 72, 288), (0, 4, 24, 40), (3, 5, 36, 33)),
+            triton=((2, 5, 24, 40), (0, 4, 24, 40)),
+            gpu=((1, 3, 72, 288), (2, 256, 216, 864), (0, 4, 24, 40)), small=(2, 5, 24, 40), dtypes=STREAMS[:2],
+            roundings={F32: 6, BF16: 5, F16: 5}, roundings_gpu={F32: 8, BF16: 8, F16: 8},
+        )
+        for each in (False, True)
     ),
 ]  # fmt: skip
 
@@ -522,6 +537,18 @@ def check_gelu(ops: Any, M: int, N: int, dtype: torch.dtype) -> None:
     close("db", db, u64.grad.sum(0))
 
 
+def check_gelu_with_a_bias_each(ops: Any, T: int, N: int, dtype: torch.dtype) -> None:
+    B = 3
+    u, dg, bias = rand(B * T, N, dtype=dtype, seed=1, scale=3), rand(B * T, N, dtype=dtype, seed=2), rand(B, N, seed=3)
+    u64, bias64 = leaves(u, bias)
+    want = F.gelu(u64 + bias64.repeat_interleave(T, 0), approximate="tanh")
+    want.backward(dg.double())
+    close("g", ops.gelu_forward(u.to(ops.device), bias.to(ops.device)), want.detach())
+    du, db = ops.gelu_backward(*(t.to(ops.device) for t in (dg, u, bias)))
+    close("du", du, u64.grad)
+    close("db", db, bias64.grad)
+
+
 def check_colsum(ops: Any, M: int, N: int, dtype: torch.dtype) -> None:
     x = rand(M, N, dtype=dtype, seed=1)
     out = ops.colsum(x.to(ops.device))
@@ -555,7 +582,7 @@ def check_modulation(ops: Any, B: int, J: int, D: int, dtype: torch.dtype) -> No
 
 
 ROW_KERNELS = {"adaln": check_adaln, "residual": check_residual, "residual_adaln": check_residual_adaln}
-MATRIX_KERNELS = {"gelu": check_gelu, "colsum": check_colsum}
+MATRIX_KERNELS = {"gelu": check_gelu, "gelu_with_a_bias_each": check_gelu_with_a_bias_each, "colsum": check_colsum}
 
 
 def everything(ops: Any, B: int, T: int, D: int, X: torch.dtype, H: torch.dtype) -> list[Tensor]:
@@ -572,7 +599,9 @@ def everything(ops: Any, B: int, T: int, D: int, X: torch.dtype, H: torch.dtype)
     for dy in (x, None):
         out += ops.residual_adaln_backward(h, dy, y, branch, gate, scale, mean, rstd)
     u, v = make(B * T, 3 * D, dtype=H, seed=7), make(B * T, 3 * D, dtype=H, seed=8)
-    out += [ops.gelu_forward(u), *ops.gelu_backward(v, u), ops.colsum(u)]
+    each = make(B, 3 * D, seed=14)
+    out += [ops.gelu_forward(u), *ops.gelu_backward(v, u), ops.gelu_forward(u, each), *ops.gelu_backward(v, u, each)]
+    out.append(ops.colsum(u))
     z = make(B, T, 3 * D, dtype=H, seed=9)
     for vectors in () if D == 0 else (make(1, 1, D, seed=10), make(1, 3, D, seed=11), make(B, 3, D, seed=12)):
         o, lse = ops.attention_forward(z, vectors, 1)

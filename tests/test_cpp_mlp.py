@@ -64,6 +64,38 @@ def check(m: int, d: int, f: int) -> None:
         assert error <= KERNEL_SLACK * size, f"{name}: off by {error / size:.1e} of {size:.1e}"
 
 
+def each(samples: int, t: int, d: int, f: int) -> list[Tensor]:
+    dbranch, h, w1, _, w2 = inputs(samples * t, d, f)
+    b1 = draw(samples, f)
+    branch, u = ops.mlp_forward(h, w1, b1, w2)
+    return [dbranch, h, w1, b1, w2, branch, u, *ops.mlp_backward(dbranch, w1, w2, u, True, b1)]
+
+
+def check_with_a_bias_each(samples: int, t: int, d: int, f: int) -> None:
+    """u is the bare product, and db1 is (samples, F)."""
+    dbranch, h, w1, b1, w2, *got = each(samples, t, d, f)
+    h64, b64 = (x.double().requires_grad_() for x in (h, b1))
+    bare = h64 @ w1.double().t()
+    full = bare + b64.repeat_interleave(t, 0)
+    full.retain_grad()
+    branch = F.gelu(full, approximate="tanh") @ w2.double().t()
+    branch.backward(dbranch.double())
+    sizes = {"db1": full.grad.abs().view(samples, t, f).sum(1).max().item() if samples * t else 0.0}
+    wanted = {"branch": branch, "u": bare, "dh": h64.grad, "db1": b64.grad}
+    for (name, want), x in zip(wanted.items(), got, strict=True):
+        assert x.shape == want.shape and x.dtype == F32, name
+        if want.numel():
+            size = sizes.get(name, want.detach().abs().max().item())
+            error = (x.double() - want.detach()).abs().max().item()
+            assert error <= KERNEL_SLACK * size, f"{name}: off by {error:.1e} of {size:.1e}"
+
+
+@pytest.mark.parametrize(("d", "f"), SIZES[1:4])
+@pytest.mark.parametrize(("samples", "t"), [(0, 4), (2, 0), (1, 33), (3, 1), (5, 31), (3, 37), (2, 300), (9, 64)])
+def test_numbers_with_a_bias_each(samples: int, t: int, d: int, f: int) -> None:
+    check_with_a_bias_each(samples, t, d, f)
+
+
 @pytest.mark.parametrize(("d", "f"), SIZES)
 @pytest.mark.parametrize("m", ROWS)
 def test_numbers(m: int, d: int, f: int) -> None:
@@ -105,6 +137,16 @@ def test_the_same_bits_with_any_number_of_threads(m: int, threads: None) -> None
             assert torch.equal(p, q), f"output {i} differs with {n} threads"
 
 
+@pytest.mark.parametrize(("samples", "t"), [(7, 37), (2, 300)])
+def test_a_bias_each_with_any_number_of_threads(samples: int, t: int, threads: None) -> None:
+    torch.set_num_threads(1)
+    one = each(samples, t, 48, 528)
+    for n in (2, 3, 8):
+        torch.set_num_threads(n)
+        for p, q in zip(one, each(samples, t, 48, 528), strict=True):
+            assert torch.equal(p, q), f"differs with {n} threads"
+
+
 def test_rows_alone_give_the_same_bits() -> None:
     dbranch, h, w1, b1, w2 = inputs(300, 48, 528)
     together = both(dbranch, h, w1, b1, w2)
@@ -140,13 +182,16 @@ def test_the_report_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_report()["choices"]["frozen_mlp"]["DIFFFIT_FAST_MLP"] == "pieces"
 
 
+@pytest.mark.parametrize("each_its_own", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
-def test_both_ways_agree_in_the_operation_and_in_the_block(monkeypatch: pytest.MonkeyPatch, strided: bool) -> None:
+def test_both_ways_agree_in_the_operation_and_in_the_block(
+    monkeypatch: pytest.MonkeyPatch, strided: bool, each_its_own: bool
+) -> None:
     torch.manual_seed(3)
     b, t, d, f, heads = 2, 37, 48, 144, 3
     h = draw(b, d, t).mT if strided else draw(b, t, d)
     weights = tuple(draw(n, k) / k**0.5 for n, k in ((3 * d, d), (d, d), (f, d), (d, f)))
-    b1, vectors, joints = draw(f), draw(1, 1, d), (draw(4, b, d), draw(4, b, d))
+    b1, vectors, joints = draw(b, f) if each_its_own else draw(f), draw(1, 1, d), (draw(4, b, d), draw(4, b, d))
     found = {}
     for way in ("pieces", "products"):
         monkeypatch.setenv("DIFFFIT_FAST_MLP", way)
@@ -180,6 +225,8 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
             r"the sizes of w1 must be multiples of 16; got \(40, 32\)",
         ),
         (lambda: ops.mlp_backward(h[:4], w1, w2, u, True), r"dbranch must have shape \(5, 32\); got \(4, 32\)"),
+        (lambda: ops.mlp_forward(h, w1, b1.expand(3, 48).contiguous(), w2), r"one for each sample; got 3 for 5 rows"),
+        (lambda: ops.mlp_backward(h, w1, w2, u, True, b1), r"bias must have 2 dimensions; got shape \(48\)"),
     ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -190,6 +237,7 @@ def check_instruction_set(name: str) -> None:
     """For a process of its own: the choice is made once, at the first call."""
     for m, (d, f) in zip((1, 33, 300, 77), SIZES, strict=False):
         check(m, d, f)
+        check_with_a_bias_each(2, m, d, f)
     test_nan_stays_in_its_row()
     assert capability() == name
 

@@ -29,6 +29,8 @@ LAUNCHERS = [
     "residual_backward",
     "gelu_forward",
     "gelu_backward",
+    "gelu_forward, a bias each",
+    "gelu_backward, a bias each",
     "colsum",
     "modulation_forward",
     "modulation_backward",

@@ -34,6 +34,7 @@ def _check(
     fc1: Tensor,
     fc2: Tensor,
     vectors: Tensor,
+    bias1: Tensor,
     joint1: Tensor,
     joint2: Tensor,
 ) -> None:
@@ -47,6 +48,7 @@ def _check(
             f"block: weights of qkv, proj, fc1, fc2 must be (3·{d}, {d}), ({d}, {d}), (F, {d}), ({d}, F); got "
             + ", ".join(str(tuple(w.shape)) for w in (qkv, proj, fc1, fc2))
         )
+    frozen_mlp.check_bias("block", h, fc1, bias1)
     for joint in (joint1, joint2):
         if joint.shape != (4, b, d):
             raise ValueError(f"block: the vectors of a join must be (4, {b}, {d}); got {tuple(joint.shape)}")
@@ -72,7 +74,7 @@ def _forward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    _check(x, h, qkv, proj, fc1, fc2, vectors, joint1, joint2)
+    _check(x, h, qkv, proj, fc1, fc2, vectors, bias1, joint1, joint2)
     shape, d = h.shape, h.shape[-1]
     join = pick("residual", residual_adaln_forward, x, h.dtype)
 
@@ -81,15 +83,15 @@ def _forward(
     branch1 = linear(o.view(-1, d), proj).view(shape)
     y1, h, mean1, rstd1 = join(x.contiguous(), branch1, *_wide(x, joint1).unbind(), eps)
 
-    branch2, u = frozen_mlp.forward(h.view(-1, d), fc1, bias1_cast, fc2)
+    branch2, u = frozen_mlp.forward(h.view(-1, d), fc1, bias1_cast if bias1.dim() == 1 else bias1, fc2)
     branch2 = branch2.view(shape)
     y2, h, mean2, rstd2 = join(y1, branch2, *_wide(x, joint2).unbind(), eps)
     return y2, h, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2
 
 
 def _forward_fake(x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    qkv, proj, fc1, fc2, vectors, _, _, joint1, joint2, num_heads = args[:10]
-    _check(x, h, qkv, proj, fc1, fc2, vectors, joint1, joint2)
+    qkv, proj, fc1, fc2, vectors, bias1, _, joint1, joint2, num_heads = args[:10]
+    _check(x, h, qkv, proj, fc1, fc2, vectors, bias1, joint1, joint2)
     b, t, d = x.shape
     statistic = lambda: x.new_empty(b, t, dtype=wide(x.dtype))  # noqa: E731
     return (
@@ -124,6 +126,7 @@ def _backward(
     num_heads: int,
     backend: str,
     need_dh: bool,
+    bias1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
@@ -136,7 +139,7 @@ def _backward(
             djoint2 = torch.cat([torch.stack(two), joint2.new_zeros(2, *joint2.shape[1:])])
         else:
             dx, dbranch, djoint2 = join(dh.contiguous(), dy, y2, branch2, joint2[0], joint2[2], mean2, rstd2)
-        dh, dbias1 = frozen_mlp.backward(dbranch.view(-1, d), fc1, fc2, u, True)
+        dh, dbias1 = frozen_mlp.backward(dbranch.view(-1, d), fc1, fc2, u, True, bias1)
         dx, dbranch, djoint1 = join(dh.view(shape), dx, y1, branch1, joint1[0], joint1[2], mean1, rstd1)
         do = dgrad(dbranch.view(-1, d), proj).view(shape)
         dz, dvectors = attention.backward(do, z, _wide(y1, vectors), o, lse, num_heads, backend)
@@ -146,21 +149,27 @@ def _backward(
 
 def _backward_fake(dy: Tensor | None, dh: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     _, _, fc1, _, vectors, joint1, joint2, _, _, _, branch1, y1 = args[:12]
+    need_dh, bias1 = (*args[_SAVED + 2 :], None)[:2]
     w = wide(y1.dtype)
     return (
-        y1.new_empty(y1.shape), branch1.new_empty(branch1.shape if args[-1] else 0), vectors.new_empty(vectors.shape, dtype=w),
-        y1.new_empty(fc1.shape[0], dtype=w), joint1.new_empty(joint1.shape, dtype=w), joint2.new_empty(joint2.shape, dtype=w),
+        y1.new_empty(y1.shape), branch1.new_empty(branch1.shape if need_dh else 0), vectors.new_empty(vectors.shape, dtype=w),
+        y1.new_empty(fc1.shape[:1] if bias1 is None else bias1.shape, dtype=w),
+        joint1.new_empty(joint1.shape, dtype=w), joint2.new_empty(joint2.shape, dtype=w),
     )  # fmt: skip
 
 
 backward_op = register(
     "block_backward(Tensor? dy, Tensor? dh, Tensor qkv, Tensor proj, Tensor fc1, Tensor fc2, Tensor vectors, Tensor joint1,"
     " Tensor joint2, Tensor z, Tensor o, Tensor lse, Tensor branch1, Tensor y1, Tensor mean1, Tensor rstd1, Tensor u,"
-    " Tensor branch2, Tensor y2, Tensor mean2, Tensor rstd2, int num_heads, str backend, bool need_dh)"
+    " Tensor branch2, Tensor y2, Tensor mean2, Tensor rstd2, int num_heads, str backend, bool need_dh,"
+    " Tensor? bias1=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
+
+
+_SAVED = 19  # tensors, always; then the bias of fc1 where each sample has its own
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -174,7 +183,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     if any(ctx.needs_input_grad):
         ctx.save_for_backward(
             qkv, proj, fc1, fc2, vectors, joint1, joint2,
-            z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2,
+            z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2, *([bias1] if bias1.dim() == 2 else []),
         )  # fmt: skip
 
 
@@ -183,7 +192,9 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple:
     if dy is None and dh is None:
         return tuple(grads)
     need = ctx.needs_input_grad
-    dx, dh, *vectors = backward_op(dy, dh, *ctx.saved_tensors, ctx.num_heads, ctx.backend, need[1])
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets them be asked for no second time
+    rest = ctx.num_heads, ctx.backend, need[1], *saved[_SAVED:]
+    dx, dh, *vectors = backward_op(dy, dh, *saved[:_SAVED], *rest)
     found = [dx, dh, *(g.to(dtype) for g, dtype in zip(vectors, ctx.dtypes, strict=True))]
     for index, grad in zip((0, 1, 6, 7, 9, 10), found, strict=True):
         if need[index]:
@@ -222,13 +233,16 @@ def block(
         h: what the attention branch reads, already normalised and modulated, (B, T, D), the compute dtype.
         weights: of qkv (3D, D), proj (D, D), fc1 (F, D), fc2 (D, F), frozen, the dtype of ``h``.
         vectors: query bias, with γ or without, as :func:`.attention.qkv_vectors` gives it, (1 or B, 1 or 3, D), float32.
-        bias1: bias of fc1, (F,), float32.
+        bias1: bias of fc1, (F,), or (B, F) where each sample has its own, float32.
         joints: of the join behind the attention and of the one behind the MLP: gate, bias, scale, shift, (4, B, D) float32.
-        bias1_cast: ``bias1`` in the compute dtype, where the caller has cast those of all blocks at once.
+        bias1_cast: ``bias1`` in the compute dtype, where the caller has cast those of all blocks at once; one for each sample is
+            added as it is, and its cast not looked at.
         backend: of :func:`.attention.attention`.
 
     Returns:
         x and h for the next block.
     """
-    cast = bias1.detach().to(h.dtype) if bias1_cast is None else bias1_cast
+    cast = bias1_cast
+    if cast is None:
+        cast = bias1.detach() if bias1.dim() == 2 else bias1.detach().to(h.dtype)
     return _block(x, h, *weights, vectors, bias1, cast, *joints, num_heads, eps, backend)[:2]

@@ -2,6 +2,9 @@
 
     dg = dbranch·W₂,   du = dg·gelu′(u),   db₁ = Σ du,   dh = du·W₁
 
+Where each sample of a batch has a b₁ of its own, (B, F), the u that is saved is the bare product W₁ h: GELU and its backward
+add the sample's bias to it on the way, in float32, and db₁ (B, F) is the sum over the tokens of each sample.
+
 The second bias is not here: it enters with the residual (see :mod:`.residual`).
 """
 
@@ -27,25 +30,45 @@ _K = math.sqrt(2 / math.pi)
 
 
 # -- the plain reference -------------------------------------------------------------------------------------------
-def gelu_forward(u: Tensor) -> Tensor:
-    return F.gelu(u.to(wide(u.dtype)), approximate="tanh").to(u.dtype)
+# ``bias``: None, or (B, F) where each sample has its own, which u (B·T, F) is then without; wide and contiguous.
+def gelu_forward(u: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(_biased(u, bias), approximate="tanh").to(u.dtype)
 
 
-def gelu_backward(dg: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    w = u.to(wide(u.dtype))
+def gelu_backward(dg: Tensor, u: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    w = _biased(u, bias)
     t = torch.tanh(_K * (w + 0.044715 * w**3))
     slope = 0.5 * (1 + t) + 0.5 * w * (1 - t * t) * _K * (1 + 3 * 0.044715 * w * w)
     du = dg.to(w.dtype) * slope
-    return du.to(u.dtype), du.sum(0)
+    return du.to(u.dtype), du.sum(0) if bias is None else _by_sample(du, bias).sum(1)
+
+
+def _biased(u: Tensor, bias: Tensor | None) -> Tensor:
+    w = u.to(wide(u.dtype))
+    return w if bias is None else (_by_sample(w, bias) + bias[:, None]).view(u.shape)
+
+
+def _by_sample(rows: Tensor, bias: Tensor) -> Tensor:
+    samples = bias.shape[0]
+    return rows.view(samples, rows.shape[0] // samples if samples else 0, rows.shape[1])
 
 
 # -- registration --------------------------------------------------------------------------------------------------
-def _check(h: Tensor, w1: Tensor, w2: Tensor) -> None:
+def check_bias(op: str, h: Tensor, w1: Tensor, b1: Tensor) -> None:
+    """Refuse a bias of fc1 that is neither (F,) nor, of h (B, ..., D), (B, F)."""
+    features = w1.shape[0]
+    if b1.shape != (features,) and (h.dim() < 2 or b1.shape != (h.shape[0], features)):
+        each = f" or ({h.shape[0]}, {features})" if h.dim() > 1 else ""
+        raise ValueError(f"{op}: fc1's bias must be ({features},){each}; got {tuple(b1.shape)}")
+
+
+def _check(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
     check_operands("frozen_mlp (fc1)", h, w1)
     if w2.dim() != 2 or w2.shape[1] != w1.shape[0] or w2.dtype != w1.dtype:
         raise ValueError(
             f"frozen_mlp: fc2's weight must be (out, {w1.shape[0]}) in {w1.dtype}; got {tuple(w2.shape)} in {w2.dtype}"
         )
+    check_bias("frozen_mlp", h, w1, b1)
 
 
 def in_pieces(h: Tensor, w1: Tensor) -> bool:
@@ -77,11 +100,15 @@ def _asked() -> str:
 
 
 def forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """branch (M, D) and u = h·w1ᵀ + b1 (M, F) of a matrix h (M, D)."""
+    """branch (M, D) and u (M, F) of a matrix h (M, D): u = h·w1ᵀ + b1 with b1 (F,), u = h·w1ᵀ where each sample has its own b1
+    (B, F), of M / B rows."""
     if in_pieces(h, w1):
         return cpp_ops().mlp_forward(h.contiguous(), w1.contiguous(), b1.float().contiguous(), w2.contiguous())
     gelu = pick("frozen_mlp", gelu_forward, h)
-    if h.device.type == "cuda":  # in one cuBLASLt call where that is faster
+    if b1.dim() == 2:  # no epilogue adds these
+        u = linear(h, w1)
+        g = gelu(u, _wide(u, b1))
+    elif h.device.type == "cuda":  # in one cuBLASLt call where that is faster
         g, u = linear_gelu(h, w1, b1, gelu)
     else:
         u = linear(h, w1, b1)
@@ -89,13 +116,25 @@ def forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tens
     return linear(g, w2), u
 
 
-def backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
-    """dh (M, D), empty where it is not needed, and db1 (F,), float32, from the gradient of the branch, (M, D)."""
+def _wide(like: Tensor, bias: Tensor) -> Tensor:
+    return bias.to(wide(like.dtype)).contiguous()
+
+
+def backward(
+    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """dh (M, D), empty where it is not needed, and db1, float32, from the gradient of the branch, (M, D).
+
+    ``bias``: the b1 (B, F) that :func:`forward` was given and u is without, for a db1 (B, F); None for one (F,).
+    """
+    bias = None if bias is None else _wide(u, bias)
     if in_pieces(dbranch, w1):
-        dh, db1 = cpp_ops().mlp_backward(dbranch.contiguous(), w1.contiguous(), w2.contiguous(), u, need_dh)
+        dh, db1 = cpp_ops().mlp_backward(dbranch.contiguous(), w1.contiguous(), w2.contiguous(), u, need_dh, bias)
         return (dh if need_dh else dbranch.new_empty(0)), db1
     gelu = pick("frozen_mlp", gelu_backward, u)
-    if u.device.type == "cuda":
+    if bias is not None:
+        du, db1 = gelu(dgrad(dbranch, w2), u, bias)
+    elif u.device.type == "cuda":
         du, db1 = dgelu_dgrad(dbranch, w2, u, gelu)
     else:
         du, db1 = gelu(dgrad(dbranch, w2), u)
@@ -103,30 +142,34 @@ def backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) 
 
 
 def _forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    _check(h, w1, w2)
+    _check(h, w1, b1, w2)
     branch, u = forward(rows(h), w1, b1, w2)
     return branch.view(*h.shape[:-1], w2.shape[0]), u
 
 
 def _forward_fake(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    _check(h, w1, w2)
+    _check(h, w1, b1, w2)
     rows = h.numel() // h.shape[-1] if h.shape[-1] else 0
     return h.new_empty(*h.shape[:-1], w2.shape[0]), h.new_empty(rows, w1.shape[0])
 
 
-def _backward(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
+def _backward(
+    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     dbranch2 = rows(dbranch).contiguous()
-    dh, db1 = backward(dbranch2, w1, w2, u, need_dh)
+    dh, db1 = backward(dbranch2, w1, w2, u, need_dh, bias)
     return (dh.view(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dh), db1
 
 
-def _backward_fake(dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool) -> tuple[Tensor, Tensor]:
+def _backward_fake(
+    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     dh = dbranch.new_empty(*dbranch.shape[:-1], w1.shape[1]) if need_dh else dbranch.new_empty(0)
-    return dh, dbranch.new_empty(w1.shape[0], dtype=wide(dbranch.dtype))
+    return dh, dbranch.new_empty(w1.shape[:1] if bias is None else bias.shape, dtype=wide(dbranch.dtype))
 
 
 backward_op = register(
-    "frozen_mlp_backward(Tensor dbranch, Tensor w1, Tensor w2, Tensor u, bool need_dh) -> (Tensor, Tensor)",
+    "frozen_mlp_backward(Tensor dbranch, Tensor w1, Tensor w2, Tensor u, bool need_dh, Tensor? bias=None) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -140,14 +183,15 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.bias_dtype = b1.dtype
     if any(ctx.needs_input_grad):
-        ctx.save_for_backward(w1, w2, output[1])
+        ctx.save_for_backward(w1, w2, output[1], *([b1] if b1.dim() == 2 else []))
 
 
 def _autograd(ctx: Any, dbranch: Tensor | None, _: Any) -> tuple:
     if dbranch is None:
         return None, None, None, None
     need_dh, _, need_db, _ = ctx.needs_input_grad
-    dh, db1 = backward_op(dbranch, *ctx.saved_tensors, need_dh)
+    w1, w2, u, *own = ctx.saved_tensors
+    dh, db1 = backward_op(dbranch, w1, w2, u, need_dh, *own)
     return dh if need_dh else None, None, db1.to(ctx.bias_dtype) if need_db else None, None
 
 
@@ -166,11 +210,15 @@ def frozen_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     """fc2(gelu_tanh(fc1(h))) without fc2's bias, both weights frozen.
 
     Args:
-        h: (..., D), the compute dtype.
+        h: (..., D), the compute dtype; (B, ..., D) where each sample has its own bias.
         w1, w2: frozen weights of fc1 (F, D) and fc2 (D, F), the dtype of ``h``; asking for their gradient is an error.
-        b1: bias of fc1, (F,), usually float32.
+        b1: bias of fc1, usually float32: (F,), or (B, F), one for each sample. Only the latter is added in float32, to the
+            product as it is stored: in half precision (1, F) and (F,) differ by a rounding.
 
     Returns:
         (..., D) in the dtype of ``h``.
+
+    Raises:
+        ValueError: shapes that do not fit. RuntimeError: a weight that wants a gradient.
     """
     return _frozen_mlp(h, w1, b1, w2)[0]
