@@ -14,6 +14,7 @@ from torch import Tensor
 
 from difffit_fast import DiffFitConfig, DiffFitError, DiT, FastDiffFitDiT
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
+from difffit_fast.models.vectors import modulation_linears, proj_weights
 from difffit_fast.ops import use_kernels
 from difffit_fast.ops.weights import together
 
@@ -250,7 +251,7 @@ def test_weights_lie_side_by_side_and_are_the_parameters() -> None:
     """Modulation and proj weights, without a copy, through load, cast, deepcopy and pickle; each in a storage of its own."""
 
     def check(model: FastDiffFitDiT) -> None:
-        for weights in ([linear.weight for linear in model._modulation_linears()], model._proj_weights()):
+        for weights in ([linear.weight for linear in modulation_linears(model)], proj_weights(model)):
             whole = together(weights)
             assert whole is not None and torch.equal(whole, torch.cat([w.detach() for w in weights]))
             assert whole.data_ptr() == weights[0].data_ptr()

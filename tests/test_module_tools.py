@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from difffit_fast import DiffFitError, DiT, FastDiffFitDiT
 from difffit_fast.models.dit import DiTBlock
 from difffit_fast.models.plain_difffit import PlainDiffFitDiT
+from difffit_fast.models.vectors import modulation_linears, proj_weights
 from difffit_fast.ops.weights import together
 
 SIZES = dict(input_size=8, patch_size=2, hidden_size=48, depth=2, num_heads=3, num_classes=5)
@@ -86,8 +87,8 @@ def one_model(fast: FastDiffFitDiT, plain: PlainDiffFitDiT) -> None:
 
 
 def lies_together(fast: FastDiffFitDiT) -> bool:
-    weights = [linear.weight for linear in fast._modulation_linears()]
-    return together(weights) is not None and together(fast._proj_weights()) is not None
+    weights = [linear.weight for linear in modulation_linears(fast)]
+    return together(weights) is not None and together(proj_weights(fast)) is not None
 
 
 # -- saved and loaded --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..ops.weights import checksum
+from .difffit import DELTAS
 from .dit import DiT, sincos_pos_embed
 
 PARTS = ("weights", "biases", "classes", "positions")
@@ -83,6 +84,8 @@ def other_base(header: Mapping[str, Any], model: DiT, source: str) -> str | None
 def _parts(model: DiT) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, p in sorted(model.named_parameters()):
+        if name.startswith(DELTAS):
+            continue
         trained = model.difffit.trains(name)
         if name.startswith("y_embedder."):
             part = None if trained else "classes"

@@ -24,6 +24,7 @@ def save_delta(
     model: DiT,
     path: str | os.PathLike[str],
     *,
+    delta: str | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     class_names: Sequence[str] | None = None,
     **metadata: Any,
@@ -33,7 +34,9 @@ def save_delta(
     The same model gives the same bytes, whichever of its parameters require gradients (an average's, say, do not).
 
     Args:
-        tensors: values to write in place of the model's own, by parameter name (an EMA, say).
+        delta: of those beside the model's own, the name of the one that is written in their place; what its file recorded
+            of the domain (``vae``, ``step``, ...) goes on, where ``metadata`` says nothing else.
+        tensors: values to write in place of these, by parameter name (an EMA, say).
         class_names: names of the classes, in label order (default: those that the model was made with).
         metadata: anything JSON can hold (step, image_size, base name, ...).
 
@@ -42,22 +45,28 @@ def save_delta(
             have been made into something else (see :meth:`.as_built.AsBuilt.check_whole`).
     """
     model.as_built.check_whole("the delta cannot be saved")
-    own = {name: p.detach() for name, p in _trainables(model).items()}
+    config = model.config
+    if delta is None:
+        own = {name: p.detach() for name, p in _trainables(model).items()}
+    else:
+        own, config, recorded = model.deltas.to_save(delta, model)
+        class_names = recorded.pop("class_names", None) if class_names is None else class_names
+        metadata = {**recorded, **metadata}
     if tensors is not None:
         if set(tensors) != set(own):
             odd = sorted(set(tensors) ^ set(own))[0]
             raise DiffFitError(f"tensors must name exactly the trainable parameters; {odd} is in only one of the two")
         own = {name: tensors[name].detach() for name in own}
     chosen = model.classes
-    if class_names is None and chosen is not None:
+    if class_names is None and chosen is not None and delta is None:
         class_names = chosen.names
-    if class_names is not None and len(class_names) != model.num_classes:
-        raise DiffFitError(f"class_names must name {model.num_classes} classes; got {len(class_names)}")
+    if class_names is not None and len(class_names) != config["num_classes"]:
+        raise DiffFitError(f"class_names must name {config['num_classes']} classes; got {len(class_names)}")
     path = Path(path)
     if not path.parent.is_dir():
         raise DiffFitError(f"the folder for the delta does not exist: {path.parent}")
     header = {
-        "config": model.config,
+        "config": config,
         "difffit": dataclasses.asdict(model.difffit),
         "pos_embed_scale": model.pos_embed_scale,
         "class_names": None if class_names is None else list(class_names),
@@ -121,6 +130,54 @@ def _check_sizes(tensors: Mapping[str, Tensor], header: Mapping[str, Any], sourc
         raise DeltaMismatchError(f"{source} has {len(numbers)} blocks; its metadata says {depth}")
 
 
+def check_delta(model: DiT, header: Mapping[str, Any], path: str, *, classes: bool = True) -> None:
+    """Raise unless a delta of this header belongs to ``model``, a FastDiffFitDiT.
+
+    Args:
+        path: of the delta, for messages.
+        classes: whether it must have as many classes as the model.
+
+    Raises:
+        DeltaMismatchError: it was made for another size, set of trainables, image size or base.
+        DiffFitError: the model's modules have been made into something else.
+    """
+    model.as_built.check_whole(f"{path} cannot be loaded")
+    config, mine = header["config"], model.config
+    for key, label in (
+        ("hidden_size", "width"), ("depth", "depth"), ("num_heads", "number of heads"), ("patch_size", "patch size"),
+        ("in_channels", "input channels"), ("mlp_ratio", "MLP ratio"), ("learn_sigma", "learn_sigma"),
+        ("num_classes", "number of classes"), ("input_size", "input size"),
+    ):  # fmt: skip
+        if (classes or key != "num_classes") and config[key] != mine[key]:
+            raise DeltaMismatchError(f"{path} was made for {label} {config[key]}; the model has {label} {mine[key]}")
+    objectives = header.get("objective"), model.objective
+    if None not in objectives and objectives[0] != objectives[1]:
+        raise DeltaMismatchError(f"{path} was made for the objective {objectives[0]}; the model has {objectives[1]}")
+    theirs = header["difffit"]
+    if theirs != model.difffit:
+        raise DeltaMismatchError(
+            f"{path} was made with difffit={theirs.name} {theirs.to_json()}; the model has {model.difffit.name} "
+            f"{model.difffit.to_json()}"
+        )
+    # Version 1 recorded the scale of a table that it had made itself, and 1 for any that came with the base.
+    own_table = header["version"] == 1 and header["pos_embed_scale"] == 1
+    if header["pos_embed_scale"] != model.pos_embed_scale and not own_table:
+        raise DeltaMismatchError(
+            f"{path} was made with positions scaled by {header['pos_embed_scale']}; the model has {model.pos_embed_scale}"
+        )
+    if (rows := header.get("class_rows")) != untrained_rows(model):
+        raise DeltaMismatchError(
+            f"{path} was made with {_row_words(rows)} of its base's class table; the model has "
+            f"{_row_words(untrained_rows(model))}"
+        )
+    if part := other_base(header, model, path):
+        theirs = header["base_hash"] if part == "weights" else header["base_hashes"].get(part, ["none"])[0]
+        mine = base_hashes(model).get(part, ["none"])[0]
+        raise DeltaMismatchError(
+            f"{path} was made on another base: its {part} have the hash {theirs[:12]}…, the model's {mine[:12]}…"
+        )
+
+
 @torch.no_grad()
 def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load a delta into ``model``, a FastDiffFitDiT, and return its metadata. Nothing is changed when it does not belong.
@@ -131,41 +188,8 @@ def load_delta(model: DiT, path: str | os.PathLike[str]) -> dict[str, Any]:
         DiffFitError: the file cannot be read, or the model's modules have been made into something else.
     """
     tensors, metadata = read_delta(path)
-    model.as_built.check_whole(f"{path} cannot be loaded")
-    config, mine = metadata["config"], model.config
-    for key, label in (
-        ("hidden_size", "width"), ("depth", "depth"), ("num_heads", "number of heads"), ("patch_size", "patch size"),
-        ("in_channels", "input channels"), ("mlp_ratio", "MLP ratio"), ("learn_sigma", "learn_sigma"),
-        ("num_classes", "number of classes"), ("input_size", "input size"),
-    ):  # fmt: skip
-        if config[key] != mine[key]:
-            raise DeltaMismatchError(f"{path} was made for {label} {config[key]}; the model has {label} {mine[key]}")
-    objectives = metadata.get("objective"), model.objective
-    if None not in objectives and objectives[0] != objectives[1]:
-        raise DeltaMismatchError(f"{path} was made for the objective {objectives[0]}; the model has {objectives[1]}")
-    theirs = metadata["difffit"]
-    if theirs != model.difffit:
-        raise DeltaMismatchError(
-            f"{path} was made with difffit={theirs.name} {theirs.to_json()}; the model has {model.difffit.name} "
-            f"{model.difffit.to_json()}"
-        )
-    # Version 1 recorded the scale of a table that it had made itself, and 1 for any that came with the base.
-    own_table = metadata["version"] == 1 and metadata["pos_embed_scale"] == 1
-    if metadata["pos_embed_scale"] != model.pos_embed_scale and not own_table:
-        raise DeltaMismatchError(
-            f"{path} was made with positions scaled by {metadata['pos_embed_scale']}; the model has {model.pos_embed_scale}"
-        )
-    if (rows := metadata.get("class_rows")) != untrained_rows(model):
-        raise DeltaMismatchError(
-            f"{path} was made with {_row_words(rows)} of its base's class table; the model has "
-            f"{_row_words(untrained_rows(model))}"
-        )
-    if part := other_base(metadata, model, str(path)):
-        theirs = metadata["base_hash"] if part == "weights" else metadata["base_hashes"].get(part, ["none"])[0]
-        mine = base_hashes(model).get(part, ["none"])[0]
-        raise DeltaMismatchError(
-            f"{path} was made on another base: its {part} have the hash {theirs[:12]}…, the model's {mine[:12]}…"
-        )
+    check_delta(model, metadata, str(path))
+    model.deltas.see(model)  # what the base was, before it is no longer there
     put_trainables(_trainables(model), tensors, str(path))
     if model.classes is not None and metadata.get("class_names") is not None:
         model.classes = dataclasses.replace(model.classes, names=tuple(metadata["class_names"]))
@@ -188,9 +212,8 @@ def _trainables(model: DiT) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if model.difffit.trains(name)}
 
 
-@torch.no_grad()
-def put_trainables(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``tensors`` into the trainable parameters ``own`` of a model, all of them and no other; nothing is changed otherwise.
+def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless ``tensors`` can be the values of the trainable parameters ``own``, all of them and no other.
 
     Raises:
         DeltaMismatchError: a name is missing or not trained by this model, or a shape differs.
@@ -205,5 +228,11 @@ def put_trainables(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sou
                 f"{source} does not fit: {name} has the shape {tuple(tensors[name].shape)}, the model {tuple(p.shape)}"
             )
     check_finite(tensors, source)
+
+
+@torch.no_grad()
+def put_trainables(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into the trainable parameters ``own`` of a model; nothing is changed where that cannot be."""
+    check_tensors(own, tensors, source)
     for name, p in own.items():
         p.copy_(tensors[name])

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import DiffFitError
 
 GAMMA_SITES = ("qkv", "proj", "attn", "mlp")
+DELTAS = "deltas."  # what the parameters of deltas beside the model's own are called (see .deltas)
 
 
 def is_extra(name: str) -> bool:
@@ -93,7 +94,9 @@ class DiffFitConfig:
         return index < n if n >= 0 else index >= depth + n
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter ``name`` of a FastDiffFitDiT is trained."""
+        """Whether the parameter ``name`` of a FastDiffFitDiT is trained; those of deltas beside its own are not its."""
+        if name.startswith(DELTAS):
+            return False
         if name.startswith("y_embedder."):
             return self.class_embedding
         if name.startswith("t_embedder."):

@@ -8,9 +8,9 @@ One pass of the network, x the residual stream, h what a branch reads:
     out = linear(h)
 
 The join after a branch already belongs to the next one, so the residual stream is read and written once per branch.
-All that is small is prepared for every layer at once, before the first block: what modulates the layers, one vector per
-sample (:meth:`FastDiffFitDiT._modulation`), biases and γ (:meth:`FastDiffFitDiT._biases`). No layer slices, casts or
-concatenates anything.
+All that is small is prepared for every layer at once, before the first block (:mod:`.vectors`): what modulates the layers, one
+vector per sample, biases and γ. No layer slices, casts or concatenates anything. These vectors are the model's own, or those of
+deltas that lie beside each other (:mod:`.deltas`), one for each sample.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +31,16 @@ from ..ops.adaln import adaln
 from ..ops.attention import BACKENDS
 from ..ops.block import block as run_block
 from ..ops.frozen_linear import frozen_linear
-from ..ops.modulation import modulation
-from ..ops.stacked import stacked_linear, stacked_matvec
 from ..ops.weights import keep_layout, lay_together
+from .adapt import TABLE
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
+from .deltas import OWN, Base, Delta, Deltas, Own, Strength, Wearing, add_delta, load_deltas
 from .difffit import DiffFitConfig, is_extra
 from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, published, timestep_embedding, transformed
 from .merge import merge
 from .plain_difffit import PlainDiffFitDiT
-
-
-class Biases(NamedTuple):
-    """What acts on the channels inside the blocks, of all layers."""
-
-    qkv: list[Tensor]  # of each block, (1, 1 or 3, D): ops.attention.qkv_vectors
-    fc1: tuple[Tensor, ...]  # of each block, (F,)
-    fc1_cast: tuple[Tensor, ...]  # the same in the compute dtype, without gradient
-    branch: Tensor  # of the last linear of each branch, (2·depth, D): behind the attention, behind the MLP, ...
+from .vectors import Vectors, block_biases, join_vectors, modulation_linears, own_vectors, proj_weights
 
 
 class FastDiffFitDiT(PlainDiffFitDiT):
@@ -83,6 +75,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         self.compute_dtype = compute_dtype
         self.attention = attention
         self._said: str | None = None
+        self.deltas = Deltas()
         self._narrow()
         self._arrange()
 
@@ -104,15 +97,9 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         another's place are left alone.
         """
         if self.as_built.other_model() is None:
-            lay_together([linear.weight for linear in self._modulation_linears()])
-            lay_together(self._proj_weights())
+            lay_together([linear.weight for linear in modulation_linears(self)])
+            lay_together(proj_weights(self))
             keep_layout(w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight))
-
-    def _modulation_linears(self) -> list[nn.Linear]:
-        return [b.adaLN_modulation[1] for b in (*self.blocks, self.final_layer)]
-
-    def _proj_weights(self) -> list[nn.Parameter]:
-        return [b.attn.proj.weight for b in self.blocks]
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastDiffFitDiT:
         super()._apply(fn, recurse)
@@ -122,6 +109,25 @@ class FastDiffFitDiT(PlainDiffFitDiT):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._arrange()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.deltas.knows_base and not self._has_weights(state_dict, prefix):
+            if len(self.deltas):
+                warnings.warn(
+                    f"another base is loaded: its deltas ({', '.join(self.deltas)}) are dropped", stacklevel=5
+                )
+            self.deltas.know(None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _has_weights(self, state: Mapping[str, Any], prefix: str) -> bool:
+        """Whether the frozen weights in ``state`` are those that the model has."""
+        for name, p in self.named_parameters():
+            found = state.get(prefix + name)
+            if found is None or not name.endswith(".weight") or p.dim() < 2 or name == TABLE:
+                continue
+            if p.is_meta or found.is_meta or found.shape != p.shape or not torch.equal(found.to(p), p):
+                return False
+        return True
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a DiT's or a FastDiffFitDiT's state dict; γ and LayerNorm that a whole DiT's lacks are set to the identity.
@@ -141,8 +147,15 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         return result
 
     # -- forward -------------------------------------------------------------------------------------------------------
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, delta: Wearing = OWN, strength: Strength = None) -> Tensor:
         """x (N, C, H, W), t (N,) int or float, y (N,) long -> (N, C or 2C, H, W) in the dtype of ``x``.
+
+        Args:
+            delta: what the samples wear in place of the model's own parameters, of what :meth:`load_deltas` has loaded: a
+                name, None for the base as it was before any delta, a list with one of these for each sample, or their
+                numbers (N,) long (``model.deltas.index(names)``), which a compiler need not know. ``y`` are then classes of
+                each sample's delta.
+            strength: of the deltas, from 0, the base, to 1, as trained, and beyond: a number, one for each sample, or by name.
 
         Where modules have been replaced, wrapped, sharded or given hooks, they are called one by one, as a plain DiT's, and
         a warning says so once: the same numbers, without the speed. So they are inside ``torch.func``'s transforms and
@@ -151,12 +164,20 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         Raises:
             ValueError: shapes that do not fit.
             RuntimeError: a frozen parameter wants a gradient.
-            DiffFitError: modules that must be called one by one, with parameters of several dtypes.
+            DiffFitError: modules that must be called one by one, with parameters of several dtypes or with ``delta``; an
+                unknown delta; a strength that is not finite, or without a delta.
         """
         check_dit_inputs(x, t, y, self.in_channels, self.input_size)
         change = self.as_built.change()
         device = x.device.type
         dtype = self._dtype(device)
+        own = delta is OWN
+        if own and strength is not None:
+            raise DiffFitError("strength is that of a delta that load_deltas has loaded; say which (delta=...)")
+        if not own and (change is not None or transformed()):
+            raise DiffFitError(
+                f"delta= is not possible where the modules are called one by one ({change or 'under a transform'})"
+            )
         if change is not None:
             if not torch.compiler.is_compiling() and change != self._said:
                 self._said = change
@@ -172,7 +193,11 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         if autocast_on(device):
             off = torch.autocast(device, enabled=False)
         with off:
-            return self._forward(x, t, y, dtype)
+            if own:
+                return self._forward(x, t, own_vectors(self), self.y_embedder(y, self.training), dtype)
+            drop = self.class_dropout_prob if self.training else 0.0
+            flat, rows = self.deltas.worn(delta, strength, y, drop)
+            return self._forward(x, t, self.deltas.layout.vectors(self, flat), rows, dtype)
 
     def _dtype(self, device: str) -> torch.dtype:
         """That of the branches. Autocast leaves float64 as it is, here as everywhere in PyTorch."""
@@ -201,13 +226,14 @@ class FastDiffFitDiT(PlainDiffFitDiT):
                 tokens = self.call_block(block, tokens, condition)
             return self.output(self.final_layer(tokens, condition)).to(x.dtype)
 
-    def _forward(self, x: Tensor, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, vectors: Vectors, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """``rows``: of the class table, (N, D)."""
         in_dtype, stream = x.dtype, torch.float64 if dtype == torch.float64 else torch.float32
-        biases = self._biases(dtype)
-        first, joints = self._modulation(self._condition(t, y, dtype), biases.branch, dtype)
-        patch = self.x_embedder.proj
-        x = frozen_linear(self._patchify(x).to(dtype), patch.weight.to(dtype).flatten(1), patch.bias)
-        x = x.to(stream) + self.pos_embed.to(stream)
+        biases = block_biases(self, vectors, dtype)
+        condition = self._time(t, vectors, dtype) + rows
+        first, joints = join_vectors(self, vectors, condition, biases.branch, dtype)
+        patch = self.x_embedder.proj.weight.to(dtype).flatten(1)
+        x = _linear(self._patchify(x).to(dtype), patch, vectors.patch, stream) + self.pos_embed.to(stream)
         h = adaln(x, *first.unbind(), LN_EPS, dtype)
         for i, module in enumerate(self.blocks):
             attn, mlp = module.attn, module.mlp
@@ -216,77 +242,19 @@ class FastDiffFitDiT(PlainDiffFitDiT):
                 run_block, x, h, weights, biases.qkv[i], biases.fc1[i], joints[2 * i : 2 * i + 2], self.num_heads,
                 bias1_cast=biases.fc1_cast[i], eps=LN_EPS, backend=self.attention,
             )  # fmt: skip
-        last = self.final_layer.linear
-        return self.output(frozen_linear(h, last.weight.to(dtype), last.bias)).to(in_dtype)
+        last = self.final_layer.linear.weight.to(dtype)
+        return self.output(_linear(h, last, vectors.last)).to(in_dtype)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C·p·p), in the order of the flattened weight of a strided convolution."""
         n, c, p, side = x.shape[0], self.in_channels, self.patch_size, self.input_size // self.patch_size
         return x.reshape(n, c, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(n, side * side, c * p * p)
 
-    def _condition(self, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Timestep and class: (N, D), float32."""
-        first, last = self.t_embedder.mlp[0], self.t_embedder.mlp[2]
+    def _time(self, t: Tensor, vectors: Vectors, dtype: torch.dtype) -> Tensor:
+        """The timestep's embedding, (N, D)."""
+        first, last = self.t_embedder.mlp[0].weight.to(dtype), self.t_embedder.mlp[2].weight.to(dtype)
         t_freq = timestep_embedding(t, self.t_embedder.frequency_embedding_size).to(dtype)
-        hidden = F.silu(frozen_linear(t_freq, first.weight.to(dtype), first.bias))
-        time = frozen_linear(hidden, last.weight.to(dtype), last.bias)
-        return time + self.y_embedder(y, self.training)
-
-    def _modulation(self, condition: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Scale and shift of the first LayerNorm (2, N, D), and for each join gate, bias, scale, shift (4, N, D)."""
-        n, d, blocks, linears = condition.shape[0], self.hidden_size, self.blocks, self._modulation_linears()
-        m = stacked_linear(F.silu(condition).to(dtype), [linear.weight for linear in linears]).view(n, -1, d)
-        bias = torch.cat([linear.bias for linear in linears]).view(-1, d)
-        norm = None
-        if self.difffit.affine_norm:
-            norms = [norm for b in blocks for norm in (b.norm1, b.norm2)] + [self.final_layer.norm_final]
-            norm = torch.stack([p for module in norms for p in (module.weight, module.bias)]).view(-1, 2, d)
-        vectors = modulation(m, bias, norm, self._branch_gamma(), beta)
-        first, *joints = vectors.split([2] + [4] * (2 * self.depth))
-        return first, tuple(joints)
-
-    def _branch_gamma(self) -> Tensor | None:
-        """γ of every branch, (2·depth, D): the branch's own times that of proj; 1 where there is none, None without any."""
-        own = [g for block in self.blocks for g in (block.gamma1, block.gamma2)]
-        proj = [g for block in self.blocks for g in (block.attn.gamma2, None)]
-        factors = [self._or_one(gammas) for gammas in (own, proj) if any(g is not None for g in gammas)]
-        return factors[0] * factors[1] if len(factors) == 2 else factors[0] if factors else None
-
-    def _or_one(self, gammas: list[Tensor | None]) -> Tensor:
-        one = self.pos_embed.new_ones(self.hidden_size, dtype=torch.float32)
-        return torch.stack([one if g is None else g for g in gammas])
-
-    def _biases(self, dtype: torch.dtype) -> Biases:
-        blocks, d = self.blocks, self.hidden_size
-        # Those with γ first, so that a split parts them: one copy in the backward, however many layers there are.
-        order = sorted(range(len(blocks)), key=lambda i: blocks[i].attn.gamma1 is None)
-        query, _, value = torch.stack([blocks[i].attn.qkv.bias for i in order]).view(-1, 3, d).unbind(1)
-        gammas = [g for g in (blocks[i].attn.gamma1 for i in order) if g is not None]
-        vectors, value = self._with_gamma(query, value, gammas)
-        if order != sorted(order):
-            value = torch.stack([value[order.index(i)] for i in range(len(blocks))])
-        qkv = [vectors[order.index(i)] for i in range(len(blocks))]
-        # The value bias passes through the attention unchanged: it is added behind it, as a part of proj's.
-        moved = stacked_matvec(value.to(dtype), self._proj_weights())
-        proj = torch.stack([b.attn.proj.bias for b in blocks]) + moved
-        fc2 = torch.stack([b.mlp.fc2.bias for b in blocks])
-        fc1 = torch.stack([b.mlp.fc1.bias for b in blocks])
-        return Biases(qkv, fc1.unbind(), fc1.detach().to(dtype).unbind(), torch.stack([proj, fc2], 1).flatten(0, 1))
-
-    def _with_gamma(self, query: Tensor, value: Tensor, gammas: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """What acts on qkv in each block, and the value biases times their γ; the first ``len(gammas)`` blocks have one."""
-        n, d = len(gammas), self.hidden_size
-        if not n:
-            return list(query[:, None].split(1)), value
-        gamma_q, gamma_k, gamma_v = torch.stack(gammas).view(n, 3, d).unbind(1)
-        rest = len(query) - n
-        (query, plain), (value, others) = query.split([n, rest]), value.split([n, rest])
-        vectors = list(torch.stack([query, gamma_q * gamma_k, gamma_v], 1).split(1))
-        value = value * gamma_v
-        if rest:
-            vectors += plain[:, None].split(1)
-            value = torch.cat([value, others])
-        return vectors, value
+        return _linear(F.silu(_linear(t_freq, first, vectors.time1)), last, vectors.time2)
 
     # -- construction --------------------------------------------------------------------------------------------------
     @classmethod
@@ -361,6 +329,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         file = file.expect(**told).predicting(objective)
         if class_dropout_prob is not None:
             file = file.with_null_class(class_dropout_prob > 0)
+        original = file
         file = file.adapt(
             num_classes=num_classes, class_names=class_names, classes=classes, image_size=image_size,
             input_size=input_size, pos_embed=pos_embed,
@@ -374,6 +343,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             raise DiffFitError(f"the model cannot be built: {error}") from error
         file.check_keys(model)
         model.load_state_dict(file.state)
+        model.deltas.know(Base.of_file(original, model.difffit.trains))
         model.pos_embed_scale = 1.0 if file.pos_embed_scale is None else file.pos_embed_scale
         model.classes = file.classes
         if model.classes is not None and model.classes.new and not model.difffit.class_embedding:
@@ -385,16 +355,42 @@ class FastDiffFitDiT(PlainDiffFitDiT):
 
     # -- the delta -----------------------------------------------------------------------------------------------------
     def save_delta(self, path: str | os.PathLike[str], **metadata: Any) -> None:
-        """Write the trainable parameters and what they belong to; see :func:`difffit_fast.models.delta.save_delta`."""
+        """Write the trainable parameters and what they belong to, or those of ``delta="name"``; see
+        :func:`difffit_fast.models.delta.save_delta`."""
         save_delta(self, path, **metadata)
 
     def load_delta(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Load what :meth:`save_delta` wrote; see :func:`difffit_fast.models.delta.load_delta`."""
         return load_delta(self, path)
 
-    def merge(self) -> DiT:
+    def load_deltas(self, paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, dict[str, Any]]:
+        """Load deltas by name, beside each other and beside the model's own parameters; see :mod:`difffit_fast.models.deltas`.
+
+        Those of the same name are replaced. Returns what each file records.
+        """
+        return load_deltas(self, paths)
+
+    def add_delta(self, name: str, **classes: Any) -> Delta:
+        """A new delta to be trained beside others; see :func:`difffit_fast.models.deltas.add_delta`."""
+        return add_delta(self, name, **classes)
+
+    def drop_delta(self, name: str) -> None:
+        """Let a delta go that :meth:`load_deltas` or :meth:`add_delta` has brought."""
+        self.deltas.drop(name)
+
+    def merge(self, *, delta: str | Own | None = OWN, strength: float = 1.0) -> DiT:
         """An ordinary DiT that computes the same; see :func:`difffit_fast.models.merge.merge`."""
-        return merge(self)
+        return merge(self, delta=delta, strength=strength)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x (N, ..., K) by a frozen weight, in ``dtype`` or that of x; the bias (F,), or (N, F): one for each sample."""
+    if bias.dim() == 1:
+        y = frozen_linear(x, weight, bias)
+        return y if dtype is None else y.to(dtype)
+    y = frozen_linear(x, weight)
+    each = bias.unsqueeze(1) if y.dim() == 3 else bias
+    return (y + each).to(x.dtype if dtype is None else dtype)
 
 
 # What the public training scripts import as DiT_models or SiT_models.

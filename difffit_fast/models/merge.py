@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from .difffit import is_extra
+from .deltas import OWN, Own, null_prob, wear
+from .difffit import DELTAS, is_extra
 from .dit import DiT
 
 
@@ -41,39 +44,51 @@ def fold_norm(
 
 
 @torch.no_grad()
-def merge(model: DiT, dtype: torch.dtype = torch.float32) -> DiT:
+def merge(
+    model: DiT, dtype: torch.dtype = torch.float32, *, delta: str | Own | None = OWN, strength: float = 1.0
+) -> DiT:
     """A plain :class:`DiT` in ``dtype`` (float32 or float64), on the model's device, that computes what ``model`` does.
+
+    Args:
+        model: a FastDiffFitDiT.
+        delta: of those that load_deltas has brought, in place of the model's own parameters; None for the base.
+        strength: of the delta or the model's own parameters: 1 as they are, 0 the base; see :mod:`.deltas`.
 
     Frozen weights held in bfloat16 come out as those bfloat16 values: to merge without that rounding, load the base with
     ``compute_dtype=None``.
 
     Raises:
-        DiffFitError: the model's modules have been made into something else, or are without values.
+        DiffFitError: the model's modules have been made into something else, or are without values; an unknown delta, a
+            strength that is not finite, or one other than 1 of what the base cannot be told from any more.
     """
     model.as_built.check_whole("the model cannot be merged")
-    device = model.pos_embed.device
+    device, config = model.pos_embed.device, model.config
+    values = {name: p for name, p in model.state_dict().items() if not name.startswith(DELTAS)}
+    if delta is not OWN or strength != 1:
+        changed, worn = wear(model, delta, strength)
+        values |= changed
+        config |= {"num_classes": worn.num_classes, "class_dropout_prob": null_prob(worn, model)}
     with torch.device("meta"):
-        dit = DiT(**model.config, objective=model.objective)
+        dit = DiT(**config, objective=model.objective)
     dit = dit.to(dtype).to_empty(device=device)
-    own = {name: p for name, p in model.state_dict().items() if not is_extra(name)}
-    dit.load_state_dict(own)
-    for merged, block in zip(dit.blocks, model.blocks, strict=True):
-        for linear, gamma in (
-            (merged.attn.qkv, block.attn.gamma1),
-            (merged.attn.proj, block.attn.gamma2),
-            (merged.attn.proj, block.gamma1),
-            (merged.mlp.fc2, block.gamma2),
+    dit.load_state_dict({name: p for name, p in values.items() if not is_extra(name)})
+    for i, merged in enumerate(dit.blocks):
+        for linear, key in (
+            (merged.attn.qkv, "attn.gamma1"),
+            (merged.attn.proj, "attn.gamma2"),
+            (merged.attn.proj, "gamma1"),
+            (merged.mlp.fc2, "gamma2"),
         ):
-            if gamma is not None:
+            if (gamma := values.get(f"blocks.{i}.{key}")) is not None:
                 scale_rows(linear.weight, linear.bias, gamma)
         if model.difffit.affine_norm:
-            _fold(merged.adaLN_modulation[1], block.norm1, 0)
-            _fold(merged.adaLN_modulation[1], block.norm2, 3)
+            _fold(merged.adaLN_modulation[1], values, f"blocks.{i}.norm1", 0)
+            _fold(merged.adaLN_modulation[1], values, f"blocks.{i}.norm2", 3)
     if model.difffit.affine_norm:
-        _fold(dit.final_layer.adaLN_modulation[1], model.final_layer.norm_final, 0)
+        _fold(dit.final_layer.adaLN_modulation[1], values, "final_layer.norm_final", 0)
     dit.pos_embed_scale = model.pos_embed_scale
     return dit.train(model.training)
 
 
-def _fold(modulation: nn.Linear, norm: nn.LayerNorm, shift: int) -> None:
-    fold_norm(modulation.weight, modulation.bias, norm.weight, norm.bias, shift, shift + 1)
+def _fold(modulation: nn.Linear, values: Mapping[str, Tensor], norm: str, shift: int) -> None:
+    fold_norm(modulation.weight, modulation.bias, values[norm + ".weight"], values[norm + ".bias"], shift, shift + 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .as_built import AsBuilt
-from .difffit import DiffFitConfig, is_extra, neutral
+from .difffit import DELTAS, DiffFitConfig, is_extra, neutral
 from .dit import LN_EPS, Attention, DiT, DiTBlock, modulate
 
 
@@ -99,7 +99,7 @@ class PlainDiffFitDiT(DiT):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Here, and not in load_state_dict, which is not called where this model is a part of another module (DDP, say).
-        own = dict(self.named_parameters())
+        own = {name: p for name, p in self.named_parameters() if not name.startswith(DELTAS)}
         if all(prefix + name in state_dict for name in own if not is_extra(name)):
             device = state_dict[prefix + "pos_embed"].device
             for name, p in own.items():

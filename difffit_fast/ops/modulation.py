@@ -30,14 +30,20 @@ def _parts(m: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([branches[:, 0], full[-2:-1]]), 1 + torch.cat([branches[:, 1], full[-1:]]), branches[:, 2]
 
 
+def _planes(vectors: Tensor, like: Tensor, dims: int) -> Tensor:
+    """Those of all samples (..., D) as (..., 1, D), one for each sample (B, ..., D) as (..., B, D); of ``dims`` without B."""
+    vectors = vectors.to(like.dtype)
+    return vectors.unsqueeze(-2) if vectors.dim() == dims else vectors.movedim(0, -2)
+
+
 def modulation_forward(m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | None, beta: Tensor) -> Tensor:
     shift, scale, gate = _parts(m, bias)
     if norm is not None:
-        weight, offset = norm.to(scale.dtype)[:, :, None].unbind(1)
+        weight, offset = _planes(norm, scale, 3).unbind(1)
         scale, shift = weight * scale, shift + offset * scale
     if gamma is not None:
-        gate = gamma.to(gate.dtype)[:, None] * gate
-    joints = torch.stack([gate, gate * beta.to(gate.dtype)[:, None], scale[1:], shift[1:]], 1)
+        gate = _planes(gamma, gate, 2) * gate
+    joints = torch.stack([gate, gate * _planes(beta, gate, 2), scale[1:], shift[1:]], 1)
     return torch.cat([scale[:1], shift[:1], joints.flatten(0, 1)])
 
 
@@ -147,8 +153,18 @@ def modulation(m: Tensor, bias: Tensor, norm: Tensor | None, gamma: Tensor | Non
         gamma: the product of every γ of a branch, (J, D), or None.
         beta: bias of the last linear of each branch, (J, D).
 
+    Each of the last four may be (B, ...), one for each sample. Such ones are few and small, and are left to PyTorch.
+
     Returns:
         (4·J + 2, B, D), float32 (float64 for float64): scale and shift of the first LayerNorm, then gate, bias, scale and
         shift of each joint.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
-    return _modulation(m, bias, norm, gamma, beta)
+    shared = ((bias, 2), (norm, 3), (gamma, 2), (beta, 2))
+    if all(x is None or x.dim() == dims for x, dims in shared):
+        return _modulation(m, bias, norm, gamma, beta)
+    ones = [x[0] if x is not None and x.dim() == dims + 1 and len(x) == len(m) else x for x, dims in shared]
+    _check(m, *ones)
+    return modulation_forward(m, bias, norm, gamma, beta)

@@ -1,7 +1,7 @@
 """stacked: many frozen weights of one width in one product, read as they lie, side by side (:mod:`.weights`).
 
     stacked_linear    y = [x·W₀ᵀ | x·W₁ᵀ | …]     one x for all;      dx = Σ_i dy_i·W_i
-    stacked_matvec    y_i = W_i·v_i               one v for each;     dv_i = W_iᵀ·dy_i
+    stacked_matvec    y_i = W_i·v_i               v of its own each;  dv_i = W_iᵀ·dy_i
 
 Weights that do not lie side by side (one was replaced, or came from elsewhere) give the same by one product each. Weights
 of another dtype than x or v, as under autocast, are cast to it, once for both ways. Their gradient is never computed.
@@ -31,10 +31,10 @@ def _operand(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor | No
     return copy, copy
 
 
-def _check(name: str, x: Tensor, weights: Sequence[Tensor]) -> None:
-    if not weights or any(w.dim() != 2 or w.shape[1] != x.shape[1] for w in weights):
+def _check(name: str, x: Tensor, weights: Sequence[Tensor], dims: tuple[int, ...] = (2,)) -> None:
+    if x.dim() not in dims or not weights or any(w.dim() != 2 or w.shape[1] != x.shape[-1] for w in weights):
         raise ValueError(
-            f"{name}: the weights must be (out, in) with in = {x.shape[1]}, the last size of the input {tuple(x.shape)}; "
+            f"{name}: the weights must be (out, in) with in = {x.shape[-1]}, the last size of the input {tuple(x.shape)}; "
             f"got {', '.join(str(tuple(w.shape)) for w in weights) or 'none'}"
         )
 
@@ -118,17 +118,18 @@ def stacked_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 # -- stacked_matvec ------------------------------------------------------------------------------------------------
 def _products(v: Tensor, weights: Sequence[Tensor], whole: Tensor | None, rows: int, transposed: bool) -> Tensor:
-    """v_i times weight i, or its transpose: (L, N) or (L, K) of v (L, K) or (L, N); ``rows`` is N."""
+    """v_i times weight i, or its transpose: (L, ..., N) or (L, ..., K) of v (L, ..., K) or (L, ..., N); ``rows`` is N."""
     narrow = v.dtype
     if widen(v):
         v, whole = v.float(), None if whole is None else whole.float()
+    columns = v[:, :, None] if v.dim() == 2 else v.transpose(1, 2)
     if whole is None:
         each = (w.to(v.dtype) for w in weights)
-        out = torch.stack([(w.t() if transposed else w).mv(x) for w, x in zip(each, v, strict=True)])
+        out = torch.stack([(w.t() if transposed else w) @ x for w, x in zip(each, columns, strict=True)])
     else:
         batch = whole.view(v.shape[0], rows, whole.shape[1])
-        out = torch.bmm(batch.transpose(1, 2) if transposed else batch, v[:, :, None])[:, :, 0]
-    return out.to(narrow)
+        out = torch.bmm(batch.transpose(1, 2) if transposed else batch, columns)
+    return (out[:, :, 0] if v.dim() == 2 else out.transpose(1, 2).contiguous()).to(narrow)
 
 
 def _matvec_forward(v: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -140,12 +141,12 @@ def _matvec_forward(v: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tenso
 def _matvec_forward_fake(v: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     _check_matvec(v, weights)
     same = all(w.dtype == v.dtype for w in weights)
-    rows = weights[0].shape[0]
-    return v.new_empty(v.shape[0], rows), v.new_empty(0 if same else (v.shape[0] * rows, v.shape[1]))
+    rows, width = weights[0].shape
+    return v.new_empty(*v.shape[:-1], rows), v.new_empty(0 if same else (v.shape[0] * rows, width))
 
 
 def _check_matvec(v: Tensor, weights: Sequence[Tensor]) -> None:
-    _check("stacked_matvec", v, weights)
+    _check("stacked_matvec", v, weights, (2, 3))
     if len(weights) != v.shape[0] or any(w.shape != weights[0].shape for w in weights):
         raise ValueError(
             f"stacked_matvec: one weight of one size for each of {v.shape[0]} vectors is needed; got "
@@ -155,13 +156,13 @@ def _check_matvec(v: Tensor, weights: Sequence[Tensor]) -> None:
 
 def _matvec_backward(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
     whole, _ = _operand(weights, dy.dtype)
-    return _products(dy, weights, whole, dy.shape[1], True)
+    return _products(dy, weights, whole, dy.shape[-1], True)
 
 
 matvec_backward_op = register(
     "stacked_matvec_backward(Tensor dy, Tensor[] weights) -> Tensor",
     _matvec_backward,
-    lambda dy, weights: dy.new_empty(dy.shape[0], weights[0].shape[1]),
+    lambda dy, weights: dy.new_empty(*dy.shape[:-1], weights[0].shape[1]),
 )
 
 
@@ -183,13 +184,13 @@ _stacked_matvec = register(
 
 
 def stacked_matvec(v: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Each weight times a vector of its own.
+    """Each weight times a vector of its own, or several.
 
     Args:
-        v: (L, K), the compute dtype.
+        v: (L, K), or (L, M, K) for M vectors each, the compute dtype.
         weights: L frozen ones, (N, K), of any floating dtype; asking for their gradient is an error.
 
     Returns:
-        (L, N) in the dtype of ``v``.
+        (L, N), or (L, M, N), in the dtype of ``v``.
     """
     return _stacked_matvec(v, list(weights))[0]
