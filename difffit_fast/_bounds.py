@@ -20,6 +20,8 @@ class Bounds:
 
     def objection(self, value: float) -> str | None:
         """What ``value`` fails to be, as in "must be ..."; None where it is within. NaN never is."""
+        if self.low == -math.inf == -self.below:
+            return None if math.isfinite(value) else "finite"
         from_low = (
             "positive" if self.open and not self.low else f"{'more than' if self.open else 'at least'} {self.low}"
         )
@@ -32,6 +34,7 @@ class Bounds:
 # Whole numbers end where 64 bits do; seeds have no sign.
 FROM_ONE, FROM_ZERO, SEED = Bounds(1, 1 << 63), Bounds(0, 1 << 63), Bounds(0, 1 << 64)
 NOT_NEGATIVE, POSITIVE, FRACTION = Bounds(0), Bounds(0, open=True), Bounds(0, below=1)
+ANY = Bounds(-math.inf, open=True)
 # Far beyond what anybody means.
 STEPS, BATCH, IMAGES = Bounds(1, 10**5), Bounds(1, 1 << 20), Bounds(1, 10**9)
 SIDE, GUIDANCE = Bounds(1, 1 << 16), Bounds(0, 1000)

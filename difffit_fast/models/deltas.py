@@ -370,6 +370,11 @@ class Deltas(nn.Module):
         return wearing, strength
 
 
+def shown_delta(name: str | None) -> str:
+    """How messages call it."""
+    return "the base" if name is None else f"the delta {name!r}"
+
+
 def _rows(delta: Delta | _BaseDelta) -> int:
     """Of its class table that labels may ask for."""
     return delta.num_classes + delta.has_null_class
@@ -392,9 +397,8 @@ def _check_labels(y: Tensor, classes: int, rows: int, name: str | None) -> None:
         return
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= rows:
-        whose = "the base" if name is None else f"the delta {name!r}"
         null = f", the null class is {classes}" if rows > classes else ", there is no null class"
-        raise ValueError(f"class labels of {whose} must be in 0..{classes - 1}{null}; got {low}..{high}")
+        raise ValueError(f"class labels of {shown_delta(name)} must be in 0..{classes - 1}{null}; got {low}..{high}")
 
 
 def _check_index(index: Tensor, count: int) -> None:
@@ -408,8 +412,7 @@ def _check_index(index: Tensor, count: int) -> None:
 
 def _check_dropout(has_null_class: bool, name: str | None) -> None:
     if not has_null_class:
-        whose = "the base" if name is None else f"the delta {name!r}"
-        raise ValueError(f"labels cannot be dropped: {whose} has no null class")
+        raise ValueError(f"labels cannot be dropped: {shown_delta(name)} has no null class")
 
 
 def _strengths(strength: Any, n: int, like: Tensor) -> float | Tensor | None:

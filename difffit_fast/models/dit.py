@@ -449,9 +449,14 @@ def guided_forward(
     guided = num_guided_channels(cfg_channels, model.in_channels)
     half = x[: x.shape[0] // 2]
     out = model(torch.cat([half, half]), t, y)
-    cond, uncond = out[:, :guided].chunk(2)
-    eps = uncond + cfg_scale * (cond - uncond)
+    eps = guide(*out.chunk(2), cfg_scale, guided)[:, :guided]
     return torch.cat([torch.cat([eps, eps]), out[:, guided:]], dim=1)
+
+
+def guide(out: Tensor, other: Tensor, scale: float, channels: int) -> Tensor:
+    """``other + scale * (out - other)`` in the first ``channels`` of predictions (N, C, H, W); the rest is that of ``out``."""
+    ours, theirs = out[:, :channels], other[:, :channels]
+    return torch.cat([theirs + scale * (ours - theirs), out[:, channels:]], dim=1)
 
 
 def num_guided_channels(cfg_channels: str | int, in_channels: int) -> int:

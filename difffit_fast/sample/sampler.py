@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._bounds import BATCH, GUIDANCE, NOT_NEGATIVE, POSITIVE, SEED, STEPS, check_number, check_whole
+from .._bounds import ANY, BATCH, NOT_NEGATIVE, POSITIVE, SEED, STEPS, check_number, check_whole
 from .._words import nearest
 from ..data.vae import LatentSpace, PixelSpace, load_vae
 from ..diffusion import SOLVERS, FlowMatching, GaussianDiffusion, create_diffusion, randn, solver_sample_loop
@@ -21,7 +21,8 @@ from ..diffusion.flow import SAMPLERS as FLOW_SAMPLERS
 from ..diffusion.solvers import make_scheduler
 from ..errors import DiffFitError
 from ..models.classes import composed
-from ..models.dit import guided_forward, num_guided_channels
+from ..models.deltas import OWN, Own, shown_delta
+from .guidance import EVERYWHERE, Guidance, Predictor
 
 DDPM_SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 SAMPLERS = (*DDPM_SAMPLERS, *FLOW_SAMPLERS)
@@ -43,8 +44,10 @@ class Sampler:
             noise, ``"euler"``, ``"heun"``, ``"dopri5"``, ``"sde"`` for flow matching (SiT).
         num_sampling_steps: steps; Heun calls the model twice in each. DDPM and DDIM spread them evenly from end to end;
             dopri5 takes as many as its tolerances ask for, whatever is given here.
-        cfg_scale: guidance; 1 uses the conditional prediction alone, in half the time.
+        cfg_scale: scale of the guidance; 1 uses the conditional prediction alone, in half the time.
         cfg_channels: ``"first3"`` (as published), ``"all"``, or a count.
+        guidance: ``"cfg"``, ``"source"`` or ``"none"``: away from what, see :mod:`.guidance`.
+        guidance_interval: noise levels between which it is on, 0 the image and 1 noise.
         vae: decoder: None or ``"none"`` for models of pixels, ``"ema"``, ``"mse"``, a folder, or a loaded one.
         eta: DDIM's noise, 0 to 1.
         rtol, atol: dopri5's tolerances, relative and absolute.
@@ -69,6 +72,8 @@ class Sampler:
         vae: str | LatentSpace | PixelSpace | None = None,
         device: torch.device | str | None = None,
         *,
+        guidance: str = "cfg",
+        guidance_interval: tuple[float, float] = EVERYWHERE,
         eta: float = 0.0,
         rtol: float = 1e-3,
         atol: float = 1e-6,
@@ -82,7 +87,7 @@ class Sampler:
             raise DiffFitError(f"the sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
         check_whole("num_sampling_steps", num_sampling_steps, STEPS)
         check_whole("batch_size", batch_size, BATCH)
-        check_number("cfg_scale", cfg_scale, GUIDANCE)
+        self.guidance = Guidance(guidance, cfg_scale, cfg_channels, tuple(guidance_interval))
         check_number("eta", eta, NOT_NEGATIVE)
         check_number("rtol", rtol, POSITIVE)
         check_number("atol", atol, POSITIVE)
@@ -98,23 +103,24 @@ class Sampler:
         self.device = next(model.parameters()).device
         self.sampler = sampler
         self.num_sampling_steps = num_sampling_steps
-        self.cfg_scale = cfg_scale
-        self.cfg_channels = cfg_channels
         self.eta = eta
         self.rtol, self.atol = rtol, atol
         self.batch_size = batch_size
         self.autocast = autocast
         self.class_names = list(class_names) if class_names is not None else None
         self.progress = progress
-        if cfg_scale != 1:
-            try:
-                num_guided_channels(cfg_channels, model.in_channels)
-            except ValueError as error:
-                raise DiffFitError(str(error)) from error
-            if not model.has_null_class:
-                raise DiffFitError("this model was trained without a null class and cannot be guided; use cfg_scale=1")
+        self.guidance.check(model)
         self.vae = load_vae(vae or "none", self.device) if vae is None or isinstance(vae, str) else vae.to(self.device)
+        self._steps = (diffusion or create_diffusion()).original_num_steps
         self._integrate = self._integrator(diffusion)
+
+    @property
+    def cfg_scale(self) -> float:
+        return self.guidance.scale
+
+    @property
+    def cfg_channels(self) -> str | int:
+        return self.guidance.channels
 
     def sample(
         self,
@@ -123,13 +129,21 @@ class Sampler:
         *,
         indices: Sequence[int] | None = None,
         decode: bool = True,
+        delta: str | Own | Sequence[str | None] | None = OWN,
+        strength: float | Sequence[float] | None = None,
     ) -> Tensor:
         """Images float32 (N, 3, H, W) in [-1, 1] on the CPU, one per label, see :func:`resolve_labels`.
 
-        ``indices`` numbers the images for the seeding (default 0, 1, ...). With ``decode=False``, what the diffusion
-        model works on: (N, in_channels, input_size, input_size).
+        Args:
+            indices: numbers of the images for the seeding (default 0, 1, ...).
+            decode: False for what the diffusion model works on: (N, in_channels, input_size, input_size).
+            delta: of those that the model's ``load_deltas`` has loaded, the name of the one that each sample wears, or all
+                do; None for the base. Labels are then classes of each sample's.
+            strength: of the deltas, see :mod:`difffit_fast.models.deltas`; one number, or one for each sample.
         """
-        y = resolve_labels(labels, self.model.num_classes, self.class_names)
+        worn = self._wearing(delta, len(labels))
+        y = self._labels(labels, worn)
+        strengths = self._strengths(strength, worn)
         indices = range(len(y)) if indices is None else indices
         check_whole("the seed", seed, SEED)
         if len(indices) != len(y):
@@ -141,12 +155,58 @@ class Sampler:
             part = slice(start, start + self.batch_size)
             generators = image_generators(seed, indices[part])
             with torch.no_grad(), _evaluating(self.model):
-                latents = self._sample_latents(y[part].to(self.device), generators)
+                wearing: Any = OWN if worn is OWN else worn[part]
+                each = None if strengths is None else strengths[part]
+                predictor = Predictor(self.model, self.guidance, y[part].to(self.device), wearing, each)
+                latents = self._sample_latents(predictor, generators)
                 self._check_finite(latents, y[part], indices[part], "the model's")
                 images = (self.vae.decode(latents) if decode else latents).float().cpu()
                 self._check_finite(images, y[part], indices[part], "the decoder's")
                 parts.append(images)
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def _wearing(self, delta: Any, count: int) -> Own | list[str | None]:
+        """A delta for each sample, or OWN."""
+        if delta is OWN:
+            return OWN
+        if not hasattr(self.model, "deltas"):
+            raise DiffFitError(
+                f"delta= needs a FastDiffFitDiT with deltas loaded; this is a {type(self.model).__name__}"
+            )
+        worn = [delta] * count if delta is None or isinstance(delta, str) else list(delta)
+        if len(worn) != count:
+            raise DiffFitError(f"expected one delta per label, {count}; got {len(worn)}")
+        for name in dict.fromkeys(worn):
+            has_null = self.model.deltas.of(name).has_null_class
+            if self.guidance.on and self.guidance.kind == "cfg" and not has_null:
+                raise DiffFitError(f"{shown_delta(name)} has no null class and cannot be guided; use cfg_scale=1")
+        return worn
+
+    def _labels(self, labels: Sequence[int | str] | Tensor, worn: Own | list[str | None]) -> Tensor:
+        if worn is OWN:
+            return resolve_labels(labels, self.model.num_classes, self.class_names)
+        labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+        found = torch.empty(len(labels), dtype=torch.long)
+        for name in dict.fromkeys(worn):
+            at = [i for i, other in enumerate(worn) if other == name]
+            of = self.model.deltas.of(name)
+            try:
+                found[at] = resolve_labels([labels[i] for i in at], of.num_classes, of.class_names)
+            except DiffFitError as error:
+                raise DiffFitError(f"{shown_delta(name)}: {error}") from error
+        return found
+
+    def _strengths(self, strength: Any, worn: Own | list[str | None]) -> list[float] | None:
+        if strength is None:
+            return None
+        if worn is OWN:
+            raise DiffFitError("strength is that of a delta that load_deltas has loaded; say which (delta=...)")
+        each = list(strength) if isinstance(strength, Sequence) else [strength] * len(worn)
+        if len(each) != len(worn):
+            raise DiffFitError(f"expected one strength per label, {len(worn)}; got {len(each)}")
+        for number in dict.fromkeys(each):
+            check_number("strength", number, ANY)
+        return [float(number) for number in each]
 
     def _check_finite(self, made: Tensor, labels: Tensor, indices: Sequence[int], whose: str) -> None:
         """Raise for the first image that is not finite: it would be drawn black, and scored."""
@@ -166,23 +226,22 @@ class Sampler:
             what = "there is no VAE (vae='none')" if isinstance(self.vae, PixelSpace) else f"the VAE has {allowed[0]}"
             raise DiffFitError(f"the model makes {channels} channels, but {what}; pass the VAE it was trained with")
 
-    def _sample_latents(self, y: Tensor, generators: list[torch.Generator]) -> Tensor:
-        shape = (len(y), self.model.in_channels, self.model.input_size, self.model.input_size)
+    def _sample_latents(self, predictor: Predictor, generators: list[torch.Generator]) -> Tensor:
+        shape = (len(predictor.y), self.model.in_channels, self.model.input_size, self.model.input_size)
         noise = randn(shape, generators, self.device)
-        return self._integrate(self._guided(y), shape, noise, generator=generators, progress=self.progress)
-
-    def _guided(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The model as a function of x (N, ...) and t (N,), guidance inside."""
-        null = torch.full_like(y, self.model.num_classes)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             with self._precision():
-                if self.cfg_scale == 1:
-                    return self.model(x, t, y)
-                doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])
-                return guided_forward(self.model, *doubled, self.cfg_scale, self.cfg_channels)[: len(x)]
+                return predictor(x, t, self._level(t))
 
-        return predict
+        return self._integrate(predict, shape, noise, generator=generators, progress=self.progress)
+
+    def _level(self, t: Tensor) -> float:
+        """Of the noise, at the timestep t (N,), one for all; known without a look where guidance is the same everywhere."""
+        if not self.guidance.on or self.guidance.interval == EVERYWHERE:
+            return 0.0
+        time = float(t[0])
+        return 1 - time if self.sampler in FLOW_SAMPLERS else time / self._steps
 
     def _precision(self) -> Any:
         if self.autocast is None:
