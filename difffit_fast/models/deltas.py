@@ -68,7 +68,24 @@ class Base:
         return cls(state, file.state[TABLE].detach().clone(), file.config["num_classes"], names)
 
 
-class Delta(nn.Module):
+class _Worn(nn.Module):
+    """What the base and a delta have in common."""
+
+    vectors: Tensor
+    classes: Tensor
+    base_rows: Tensor
+    num_classes: int
+    has_null_class: bool
+
+    def sizes(self, model: Any) -> dict[str, Any]:
+        """The arguments of a DiT that go with its class table rather than with that of ``model``."""
+        return {
+            "num_classes": self.num_classes,
+            "class_dropout_prob": (model.class_dropout_prob or 0.1) if self.has_null_class else 0.0,
+        }
+
+
+class Delta(_Worn):
     """One delta that a model has at hand.
 
     Attributes:
@@ -80,8 +97,6 @@ class Delta(nn.Module):
     """
 
     vectors: nn.Parameter
-    classes: Tensor
-    base_rows: Tensor
 
     def __init__(
         self,
@@ -111,7 +126,7 @@ class Delta(nn.Module):
         return self.header.get("class_names")
 
 
-class _BaseDelta(nn.Module):
+class _BaseDelta(_Worn):
     """The base as if it were one; nothing of it is a parameter or in a state dict."""
 
     def __init__(self, vectors: Tensor, classes: Tensor, count: int, names: tuple[str, ...] | None) -> None:
@@ -123,10 +138,6 @@ class _BaseDelta(nn.Module):
         self.register_buffer("vectors", vectors, persistent=False)
         self.register_buffer("classes", whole, persistent=False)
         self.register_buffer("base_rows", torch.arange(len(whole)), persistent=False)
-
-    vectors: Tensor
-    classes: Tensor
-    base_rows: Tensor
 
 
 class Deltas(nn.Module):
@@ -168,7 +179,7 @@ class Deltas(nn.Module):
         """
         return self._of(name)  # type: ignore[return-value]
 
-    def _of(self, name: str | None) -> Delta | _BaseDelta:
+    def _of(self, name: str | None) -> _Worn:
         if name is None:
             return self._base()
         if name not in self._keys:
@@ -184,7 +195,7 @@ class Deltas(nn.Module):
             raise DiffFitError("no delta has been loaded beside the model's own parameters (load_deltas)")
         return self.base
 
-    def of(self, wearing: str | None) -> Delta | _BaseDelta:
+    def of(self, wearing: str | None) -> _Worn:
         """The delta of this name, or the base for None."""
         return self._of(wearing)
 
@@ -197,7 +208,7 @@ class Deltas(nn.Module):
             [numbers_of[name] for name in wearing], dtype=torch.long, device=self._base().vectors.device
         )
 
-    def _every(self) -> list[Delta | _BaseDelta]:
+    def _every(self) -> list[_Worn]:
         """The base, then the deltas: number + 1."""
         return [self._base(), *(self._modules[key] for key in self._keys.values())]  # type: ignore[list-item]
 
@@ -266,9 +277,8 @@ class Deltas(nn.Module):
         if not model.difffit.class_embedding:
             del tensors[TABLE]
         assert isinstance(delta, Delta)
-        sizes = {"num_classes": delta.num_classes, "class_dropout_prob": null_prob(delta, model)}
         recorded = {key: delta.header[key] for key in OF_MODELS if delta.header.get(key) is not None}
-        return tensors, {**model.config, **sizes}, recorded
+        return tensors, {**model.config, **delta.sizes(model)}, recorded
 
     # -- what a batch wears --------------------------------------------------------------------------------------------
     def worn(self, wearing: Wearing, strength: Strength, y: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
@@ -324,7 +334,7 @@ class Deltas(nn.Module):
             rows = torch.lerp(F.embedding(partner, base.classes), rows, each)
         return vectors, rows
 
-    def _tables(self, every: list[Delta | _BaseDelta]) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(self, every: list[_Worn]) -> tuple[Tensor, Tensor, Tensor]:
         """For the base and each delta: its first row in the table of all, how many a label may ask for, and the null class.
 
         They are kept on the device: a captured graph can copy nothing there.
@@ -375,7 +385,7 @@ def shown_delta(name: str | None) -> str:
     return "the base" if name is None else f"the delta {name!r}"
 
 
-def _rows(delta: Delta | _BaseDelta) -> int:
+def _rows(delta: _Worn) -> int:
     """Of its class table that labels may ask for."""
     return delta.num_classes + delta.has_null_class
 
@@ -520,7 +530,7 @@ def add_delta(
     return delta
 
 
-def wear(model: Any, name: str | Own | None, strength: float = 1.0) -> tuple[dict[str, Tensor], Delta | _BaseDelta]:
+def wear(model: Any, name: str | Own | None, strength: float = 1.0) -> tuple[dict[str, Tensor], _Worn]:
     """Parameters by name, as a delta file holds them, of a delta that ``model`` has or of its own, at this strength; and it.
 
     Raises:
@@ -546,11 +556,6 @@ def _own(model: Any, base: _BaseDelta) -> Delta:
     table = model.y_embedder.embedding_table.weight.detach()
     partner = _base_rows(base, model.num_classes, len(table), names).to(table.device)
     return Delta(flat, table, partner, model.num_classes, {"class_names": names}, model.difffit.class_embedding)
-
-
-def null_prob(delta: Delta | _BaseDelta, model: Any) -> float:
-    """``class_dropout_prob`` of a model with the class table of ``delta``."""
-    return (model.class_dropout_prob or 0.1) if delta.has_null_class else 0.0
 
 
 def _base_rows(base: _BaseDelta, count: int, rows: int, names: Sequence[str] | None) -> Tensor:

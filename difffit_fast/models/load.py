@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class LoadedModel:
 
 def load_model(
     ckpt: str | os.PathLike[str] | None = None,
-    delta: str | os.PathLike[str] | None = None,
+    delta: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     *,
     merge: bool = False,
     weights: str = "ema",
@@ -59,6 +60,8 @@ def load_model(
     Args:
         ckpt: any DiT or SiT checkpoint, or the name of a base of the package; None with a delta that lies in its run folder,
             whose settings name the base.
+        delta: a delta; or several by name, which lie beside each other on the base (see :mod:`.deltas`). ``merge`` is for one,
+            ``num_classes`` then that of the base, and the header holds what all of them record alike.
         weights: "ema" or "model" where a checkpoint has both, or the name of a set.
         name: published name that the model should have, such as "SiT-XL/2".
         num_heads: for widths that were never published, in files that do not record it.
@@ -70,6 +73,10 @@ def load_model(
     Raises:
         DiffFitError: a file is missing, unreadable, no DiT, contradicts what was asked for, or does not belong to the other.
     """
+    if isinstance(delta, Mapping):
+        if merge:
+            raise DiffFitError("deltas beside each other cannot be merged into one model; load one, and merge it")
+        return _load_deltas(ckpt, delta, weights, name, num_heads, num_classes, image_size, compute_dtype, device)
     if delta is None:
         if ckpt is None:
             raise DiffFitError("nothing to load: give a checkpoint, or a delta")
@@ -90,6 +97,49 @@ def load_model(
     return LoadedModel(model.to(device).eval(), header, objective, pixels)
 
 
+def _load_deltas(
+    ckpt: str | os.PathLike[str] | None,
+    deltas: Mapping[str, str | os.PathLike[str]],
+    weights: str,
+    name: str | None,
+    num_heads: int | None,
+    num_classes: int | None,
+    image_size: int | None,
+    compute_dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> LoadedModel:
+    """A base with several deltas beside each other; the first one says what the base is loaded as."""
+    if not deltas:
+        raise DiffFitError("there are no deltas to load")
+    headers = {path: read_delta(path)[1] for path in deltas.values()}
+    first, header = next(iter(headers.items()))
+    pixels = image_pixels(header, header["config"], str(first))
+    if image_size not in (None, pixels):
+        raise DiffFitError(f"image_size {image_size} was asked for; {first} was made for {pixels} pixels")
+    found_by = ""
+    if ckpt is None:
+        bases = {path: base_of(path, said) for path, said in headers.items()}
+        ckpt, seed = bases[first]
+        for path, base in bases.items():
+            if base != (ckpt, seed):
+                raise DiffFitError(
+                    f"the settings of the runs name different bases, {_shown_base(ckpt, seed)} for {first} and "
+                    f"{_shown_base(*base)} for {path}; give --ckpt"
+                )
+        found_by = f", which {_settings_of(first)} names as the base of {first}; give --ckpt"
+    model = _base_for(ckpt, header, weights, compute_dtype, found_by, own_classes=True)
+    said = ModelFile({}, model.config, str(ckpt), model.objective, 1.0, pixels, recorded=frozenset(model.config))
+    said.expect(name=name, num_heads=num_heads, num_classes=num_classes)
+    model.load_deltas(deltas)
+    common = {key: value for key, value in header.items() if all(h.get(key) == value for h in headers.values())}
+    objective = next((h["objective"] for h in headers.values() if h.get("objective") is not None), model.objective)
+    return LoadedModel(model.to(device).eval(), common, objective, pixels)
+
+
+def _shown_base(ckpt: str | None, seed: int) -> str:
+    return f"random weights of seed {seed}" if ckpt is None else str(ckpt)
+
+
 def _with_delta(
     ckpt: str | os.PathLike[str] | None,
     delta: str | os.PathLike[str],
@@ -97,42 +147,63 @@ def _with_delta(
     weights: str,
     compute_dtype: torch.dtype | None,
 ) -> FastDiffFitDiT:
-    config, difffit = header["config"], header["difffit"]
     found_by = ""
     if ckpt is None:
-        ckpt, seed = _base_of(delta, header)
-        found_by = (
-            f", which {Path(delta).resolve().parent.parent / RUN_SETTINGS} names as the base of {delta}; give --ckpt"
-        )
-    if ckpt is None:
-        base = random_dit(config, seed, objective=header.get("objective"))
-        model = FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
-    else:
-        if found_by and not model_path(ckpt).exists():
-            raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
-        file = read_model(ckpt, weights)
-        with warnings.catch_warnings(), seeded(0):
-            warnings.simplefilter("ignore")  # said when the delta was made; its class table replaces the random one
-            file = file.expect(num_heads=config["num_heads"])
-            file = file.with_null_class(config["class_dropout_prob"] > 0)
-            if header.get("class_rows") is not None:
-                file = file.with_class_rows(header["class_rows"], header.get("class_names"))
-            changed = file.config["num_classes"] != config["num_classes"]
-            if changed and not difffit.class_embedding:
-                raise DiffFitError(
-                    f"{delta} was made for {config['num_classes']} classes without training their embedding; "
-                    f"{ckpt} has {file.config['num_classes']}"
-                )
-            model = FastDiffFitDiT._of_file(
-                file, num_classes=config["num_classes"], input_size=config["input_size"],
-                pos_embed=header["pos_embed_scale"], class_dropout_prob=config["class_dropout_prob"],
-                difffit=difffit, compute_dtype=compute_dtype, objective=header.get("objective"),
-            )  # fmt: skip
+        ckpt, seed = base_of(delta, header)
+        found_by = f", which {_settings_of(delta)} names as the base of {delta}; give --ckpt"
+        if ckpt is None:
+            header = {**header, "random_base": seed}
+    model = _base_for(ckpt, header, weights, compute_dtype, found_by, source=str(delta))
     model.load_delta(delta)
     return model
 
 
-def _base_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str | None, int]:
+def _base_for(
+    ckpt: str | os.PathLike[str] | None,
+    header: dict[str, Any],
+    weights: str,
+    compute_dtype: torch.dtype | None,
+    found_by: str,
+    *,
+    source: str = "",
+    own_classes: bool = False,
+) -> FastDiffFitDiT:
+    """The base of a delta of this header, with the delta's classes or its own."""
+    config, difffit = header["config"], header["difffit"]
+    if ckpt is None:
+        base = random_dit(config, header["random_base"], objective=header.get("objective"))
+        return FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
+    if found_by and not model_path(ckpt).exists():
+        raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
+    file = read_model(ckpt, weights)
+    with warnings.catch_warnings(), seeded(0):
+        warnings.simplefilter("ignore")  # said when the delta was made; its class table replaces the random one
+        file = file.expect(num_heads=config["num_heads"])
+        null = config["class_dropout_prob"] > 0
+        if not own_classes or "class_dropout_prob" not in file.recorded:
+            file = file.with_null_class(null)
+        if header.get("class_rows") is not None:
+            file = file.with_class_rows(header["class_rows"], header.get("class_names"))
+        changed = file.config["num_classes"] != config["num_classes"]
+        if changed and not difffit.class_embedding and not own_classes:
+            raise DiffFitError(
+                f"{source} was made for {config['num_classes']} classes without training their embedding; "
+                f"{ckpt} has {file.config['num_classes']}"
+            )
+        classes: dict[str, Any] = {}
+        if not own_classes:
+            classes = {"num_classes": config["num_classes"], "class_dropout_prob": config["class_dropout_prob"]}
+        return FastDiffFitDiT._of_file(
+            file, input_size=config["input_size"], pos_embed=header["pos_embed_scale"], difffit=difffit,
+            compute_dtype=compute_dtype, objective=header.get("objective"), **classes,
+        )  # fmt: skip
+
+
+def _settings_of(delta: str | os.PathLike[str]) -> Path:
+    return Path(delta).resolve().parent.parent / RUN_SETTINGS
+
+
+def base_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str | None, int]:
     """The checkpoint that a delta was trained on, by the settings of its run; or None and the seed of random weights."""
     if header.get("random_base") is not None:
         return None, header["random_base"]

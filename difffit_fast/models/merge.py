@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .deltas import OWN, Own, null_prob, wear
+from .deltas import OWN, Own, wear
 from .difffit import DELTAS, is_extra
 from .dit import DiT
 
@@ -67,7 +67,7 @@ def merge(
     if delta is not OWN or strength != 1:
         changed, worn = wear(model, delta, strength)
         values |= changed
-        config |= {"num_classes": worn.num_classes, "class_dropout_prob": null_prob(worn, model)}
+        config |= worn.sizes(model)
     with torch.device("meta"):
         dit = DiT(**config, objective=model.objective)
     dit = dit.to(dtype).to_empty(device=device)

@@ -7,16 +7,18 @@
 >>> save_grid(sampler.sample([3, 14, 15, 92], seed=0), "sample.png")               # doctest: +SKIP
 """
 
-from .folder import sample_to_folder, write_npz
+from .folder import Target, sample_to_folder, sample_to_folders, write_npz
 from .images import save_grid, save_png, to_uint8
 from .sampler import SAMPLERS, Sampler, image_generators, resolve_labels
 
 __all__ = [
     "SAMPLERS",
     "Sampler",
+    "Target",
     "image_generators",
     "resolve_labels",
     "sample_to_folder",
+    "sample_to_folders",
     "save_grid",
     "save_png",
     "to_uint8",

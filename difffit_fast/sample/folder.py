@@ -10,6 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,27 @@ from .._processes import World
 from ..data.pixels import ImageError, read_pixels
 from ..data.vae import PixelSpace
 from ..errors import DiffFitError
+from ..models.deltas import OWN, Own
+from .guidance import EVERYWHERE
 from .images import is_whole_png, png_kind, save_png, to_uint8
 from .sampler import Sampler, resolve_labels
 
 SETTINGS_FILE = "sampling.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder of samples, and what is special about them.
+
+    Attributes:
+        settings: recorded in ``sampling.json`` beside the sampler's own; what a continuation must not change.
+        delta, strength: what the samples wear, see :meth:`.sampler.Sampler.sample`.
+    """
+
+    folder: Path
+    delta: str | Own | None = OWN
+    strength: float | None = None
+    settings: Mapping[str, Any] | None = None
 
 
 def sample_to_folder(
@@ -52,18 +70,53 @@ def sample_to_folder(
     Raises:
         DiffFitError: the folder was begun with other settings, or cannot be written.
     """
+    target = Target(Path(folder), settings=settings)
+    return sample_to_folders(
+        sampler, [target], num_images, labels=labels, seed=seed, processes=processes, progress=progress, npz=npz
+    )[0]
+
+
+def sample_to_folders(
+    sampler: Sampler,
+    targets: Sequence[Target],
+    num_images: int,
+    *,
+    labels: Sequence[int | str] | None = None,
+    seed: int = 0,
+    processes: World | None = None,
+    progress: bool = True,
+    npz: bool = True,
+) -> list[Path | None]:
+    """The same for several deltas of one model at once: image i of every folder is of the same batch and noise, where they
+    have as many classes of the same class, too. Arguments as of :func:`sample_to_folder`.
+
+    Raises:
+        DiffFitError: two folders are one, one was begun with other settings, or cannot be written.
+    """
     processes = processes or World()
     check_whole("the number of images", num_images, IMAGES)
     check_whole("the seed", seed, SEED)
     sampler.check_decoder()
-    y = image_labels(sampler, num_images, labels, seed)
-    folder = Path(folder)
-    mine = {**sampler_settings(sampler), "seed": seed, "labels": None if labels is None else list(labels)}
-    processes.main_first(lambda: _prepare(folder, {**mine, **(settings or {})}))
-    todo, error = [], None
+    if len({target.folder for target in targets}) < len(targets):
+        raise DiffFitError(
+            f"each set of samples needs a folder of its own; got {', '.join(str(t.folder) for t in targets)}"
+        )
+    y = [image_labels(sampler, num_images, labels, seed, target.delta) for target in targets]
+    for target in targets:
+        mine = {
+            **sampler_settings(sampler, target.delta),
+            "seed": seed,
+            "labels": None if labels is None else list(labels),
+        }
+        processes.main_first(lambda t=target, mine=mine: _prepare(t.folder, {**mine, **(t.settings or {})}))
+    todo: list[tuple[int, int]] = []  # image, target
+    error = None
     try:
         todo = [
-            i for i in range(processes.rank, num_images, processes.size) if not _is_sample(sampler, png_path(folder, i))
+            (i, k)
+            for i in range(processes.rank, num_images, processes.size)
+            for k, target in enumerate(targets)
+            if not _is_sample(sampler, png_path(target.folder, i))
         ]
     except DiffFitError as caught:
         error = caught
@@ -71,20 +124,32 @@ def sample_to_folder(
     with tqdm(total=len(todo), unit="img", desc="sample", disable=not progress or processes.rank != 0) as bar:
         try:
             for start in range(0, len(todo), sampler.batch_size):
-                indices = todo[start : start + sampler.batch_size]
-                images = to_uint8(sampler.sample([y[i] for i in indices], seed, indices=indices))
-                for i, pixels in zip(indices, images, strict=True):
-                    save_png(pixels, png_path(folder, i))
-                bar.update(len(indices))
+                part = todo[start : start + sampler.batch_size]
+                worn = _worn([targets[k] for _, k in part])
+                samples = sampler.sample([y[k][i] for i, k in part], seed, indices=[i for i, _ in part], **worn)
+                for (i, k), pixels in zip(part, to_uint8(samples), strict=True):
+                    save_png(pixels, png_path(targets[k].folder, i))
+                bar.update(len(part))
         except OSError as caught:
-            error = DiffFitError(f"cannot write samples into {folder}: {caught.strerror or caught}")
+            error = DiffFitError(f"cannot write samples into {caught.filename}: {caught.strerror or caught}")
     processes.agree(error)
-    if not npz:
-        return None
-    target = folder.with_name(folder.name + ".npz")
-    files = [png_path(folder, i) for i in range(num_images)]
-    processes.main_first(lambda: write_npz(files, target, progress=progress))
-    return target
+    written: list[Path | None] = []
+    for target in targets:
+        path = target.folder.with_name(target.folder.name + ".npz") if npz else None
+        if path is not None:
+            files = [png_path(target.folder, i) for i in range(num_images)]
+            processes.main_first(lambda files=files, path=path: write_npz(files, path, progress=progress))
+        written.append(path)
+    return written
+
+
+def _worn(targets: Sequence[Target]) -> dict[str, Any]:
+    """Arguments of :meth:`.sampler.Sampler.sample`, for one image of each of these."""
+    if targets[0].delta is OWN:
+        return {}
+    each = [1.0 if target.strength is None else target.strength for target in targets]
+    none = all(target.strength is None for target in targets)
+    return {"delta": [target.delta for target in targets], "strength": None if none else each}
 
 
 def png_path(folder: Path, index: int) -> Path:
@@ -121,24 +186,35 @@ def _kind(width: int, height: int, bits: int, colours: int) -> str:
     return f"{width}x{height}, {names.get(colours, f'of colour type {colours}')}, {bits} bits"
 
 
-def image_labels(sampler: Sampler, num_images: int, labels: Sequence[int | str] | None, seed: int) -> list[int]:
-    """The class of every image: ``labels`` in turn, or uniform over the classes, from ``seed`` alone."""
-    num_classes = sampler.model.num_classes
+def image_labels(
+    sampler: Sampler, num_images: int, labels: Sequence[int | str] | None, seed: int, delta: str | Own | None = OWN
+) -> list[int]:
+    """The class of every image: ``labels`` in turn, or uniform over the classes (of the delta), from ``seed`` alone."""
+    own = delta is OWN
+    num_classes = sampler.model.num_classes if own else sampler.model.deltas.of(delta).num_classes
+    names = sampler.class_names if own else sampler.model.deltas.of(delta).class_names
     if labels is None:
         return np.random.default_rng((seed, 0x6C61)).integers(0, num_classes, num_images).tolist()
     if not len(labels):
         raise DiffFitError("the list of class labels is empty")
-    resolved = resolve_labels(labels, num_classes, sampler.class_names).tolist()
+    resolved = resolve_labels(labels, num_classes, names).tolist()
     return [resolved[i % len(resolved)] for i in range(num_images)]
 
 
-def sampler_settings(sampler: Sampler) -> dict[str, Any]:
-    """What of a sampler decides the images."""
+def sampler_settings(sampler: Sampler, delta: str | Own | None = OWN) -> dict[str, Any]:
+    """What of a sampler decides the images, which wear this delta."""
+    config = sampler.model.config
+    if delta is not OWN:
+        config |= sampler.model.deltas.of(delta).sizes(sampler.model)
     names = ["sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "eta"]
     names += ["rtol", "atol"] if sampler.sampler == "dopri5" else []
+    guidance = sampler.guidance
+    special = {"guidance": guidance.kind} if guidance.kind != "cfg" else {}
+    special |= {"guidance_interval": list(guidance.interval)} if guidance.interval != EVERYWHERE else {}
     return {
+        **special,
         **{name: getattr(sampler, name) for name in names},
-        "model": sampler.model.config,
+        "model": config,
         "vae": sampler.vae.name,
         "vae_sha256": sampler.vae.fingerprint(),
         "precision": str(sampler.autocast or "model"),
@@ -161,7 +237,8 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         sweep(folder)
     except OSError as error:
         raise DiffFitError(f"cannot write samples into {folder}: {error.strerror or error}") from error
-    before.setdefault("vae_sha256", settings.get("vae_sha256"))  # earlier versions recorded the name alone
+    for key in ("vae_sha256", "step"):  # earlier versions recorded neither
+        before.setdefault(key, settings.get(key))
     for key in sorted(set(before) | set(settings)):
         if before.get(key) != settings.get(key):
             raise DiffFitError(
