@@ -146,13 +146,12 @@ def summary_table(domains: dict[str, dict[str, dict[int, Run]]]) -> str:
             _mean((r["style"] for r in every_run if r.get("style") is not None), "{:.0%}"),
             _mean((r["memorised"] for r in every_run if r.get("memorised") is not None), "{:.1%}"),
             _mean(r for mine, base in every for r in ratio(mine, base, "loss_own")),
-            _mean((r["ms_per_step"] for r in every_run if "ms_per_step" in r), "{:.0f}"),
             _mean((r["trainable"] for r in every_run if "trainable" in r), "{:,.0f}"),
             _mean((r["file_bytes"] / 1000 for r in every_run if "file_bytes" in r), "{:,.0f}"),
         ])  # fmt: skip
     head = [
         "method", "loss / base's", "Fréchet / base's", "letters read, of real", "style read", "copies", "loss, base's domain",
-        "ms a step", "trained", "kB to keep",
+        "trained", "kB to keep",
     ]  # fmt: skip
     return "Means over domains and seeds.\n\n" + table(head, rows)
 
@@ -195,8 +194,8 @@ def draw_curves(plan: Spec, base: str, results: Results, path: Path) -> bool:
         colours = dict(zip(plan["methods"], plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
         for axis, (shown, runs) in zip(axes[0], found.items(), strict=True):
             for spec, run in runs:
-                middle = sorted(plan["methods"][spec["name"]]["rates"])[1]
-                style = ":" if spec["lr"] < middle else "--" if spec["lr"] > middle else "-"
+                rates = sorted(plan["methods"][spec["name"]]["rates"])
+                style = (":", *("-" if len(rates) == 3 else ("-", "-.")), "--")[rates.index(spec["lr"])]
                 label = LABELS[spec["name"]] if style == "-" else None
                 axis.plot(
                     *zip(*run["curve"], strict=True), style, color=colours.get(spec["name"]), label=label, linewidth=1
@@ -204,7 +203,7 @@ def draw_curves(plan: Spec, base: str, results: Results, path: Path) -> bool:
             axis.set(title=f"{shown} images", xlabel="step", xscale="symlog")
         axes[0][0].set_ylabel(f"loss on {plan['tuning']['domain']} that was not shown")
         axes[0][0].legend(frameon=False, fontsize=7)
-        figure.supxlabel("dotted, solid, dashed: the lowest, the middle and the highest rate", fontsize=8)
+        figure.supxlabel("from the lowest rate to the highest: dotted, solid, (dash-dotted,) dashed", fontsize=8)
         figure.tight_layout()
         return figure
 

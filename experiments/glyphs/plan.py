@@ -33,11 +33,13 @@ def make_spec(
 
 
 def tuning_specs(plan: Spec, base: str) -> Iterator[Spec]:
-    """The runs that choose rate and length; they are not sampled from."""
+    """The runs that choose rate and length, of what is compared; they are not sampled from."""
     tuning = plan["tuning"]
+    wanted = {(name, _care(part["shown"])) for part in plan["comparison"] for name in part["methods"]}
     for shown in tuning["shown"]:
         for name, method in plan["methods"].items():
-            for lr in method["rates"] if method.get("care") != "none" else ():
+            tuned = method.get("care") != "none" and (name, str(shown)) in wanted
+            for lr in method["rates"] if tuned else ():
                 spec = make_spec(plan, base, name, tuning["domain"], shown, tuning["seed"], lr, max(plan["steps"]))
                 yield {**spec, "sampling": None, "looks": plan["steps"]}
 
@@ -59,6 +61,11 @@ def chosen(plan: Spec, base: str, results: Results) -> Chosen:
     return best
 
 
+def _care(shown: int | str) -> str:
+    """For how many images the rate and length are chosen that are used with so many: half an alphabet is about 20."""
+    return "20" if shown == "half" else str(shown)
+
+
 def comparison_specs(plan: Spec, base: str, best: Chosen) -> Iterator[Spec]:
     """The parts of the comparison in their order, each seed by seed, so that what is interrupted is whole as far as it got."""
     seen = set()
@@ -67,7 +74,7 @@ def comparison_specs(plan: Spec, base: str, best: Chosen) -> Iterator[Spec]:
         for seed in plan["seeds"]:
             for domain in part["domains"]:
                 where = f"half of {domain}" if shown == "half" else domain
-                care = "20" if shown == "half" else str(shown)  # 26 letters are about as many
+                care = _care(shown)
                 for name in ("none", *part["methods"]):
                     if name == "none":
                         spec = make_spec(plan, base, name, where, shown, seed, 0.0, 0)
