@@ -56,7 +56,7 @@ def true_stacked_linear(x: Tensor, *weights: Tensor) -> Tensor:
 
 
 def true_stacked_matvec(v: Tensor, *weights: Tensor) -> Tensor:
-    return torch.einsum("lk,lnk->ln", v, torch.stack(weights))
+    return torch.einsum("l...k,lnk->l...n", v, torch.stack(weights))
 
 
 def true_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
@@ -129,6 +129,11 @@ def stacked_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list
 def matvec_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
     _, k, n = size
     return [draw(3, k, dtype=branch), *(draw(n, k, dtype=branch) for _ in range(3))]
+
+
+def many_matvec_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:
+    m, k, _ = size
+    return [draw(3, m, k, dtype=branch), *matvec_inputs(size, stream, branch)[1:]]
 
 
 def scaled_linear_inputs(size: Size, stream: torch.dtype, branch: torch.dtype) -> list[Tensor]:

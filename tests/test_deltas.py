@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optest import rooms
 from safetensors.torch import load_file
 from test_fast_dit import SMALL, shake
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from difffit_fast import DiffFitError, DiT, FastDiffFitDiT
 from difffit_fast.errors import DeltaMismatchError
 from difffit_fast.models.adapt import TABLE
 from difffit_fast.models.deltas import OWN
+from difffit_fast.ops import use_kernels
 
 BASE = {**SMALL, "num_classes": 6}
 CLASSES = {"food": 3, "art": 9, "birds": 6, "cars": 2, "glyphs": 5, "maps": 4, "toys": 7, "trees": 6}
@@ -99,10 +101,16 @@ def by_name(model: FastDiffFitDiT, name: str) -> dict[str, Tensor]:
     return {**model.deltas.layout.unflatten(delta.vectors.grad), TABLE: delta.classes.grad}
 
 
+@pytest.mark.parametrize("room", rooms())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_of_eight_deltas_and_none_is_eight_models_and_the_base(
-    dit: DiT, paths: dict[str, Path], dtype: torch.dtype
+    dit: DiT, paths: dict[str, Path], dtype: torch.dtype, room: str
 ) -> None:
+    with use_kernels(room):
+        check_eight_deltas_and_none(dit, paths, dtype)
+
+
+def check_eight_deltas_and_none(dit: DiT, paths: dict[str, Path], dtype: torch.dtype) -> None:
     x, t, y = mixed_batch(WORN)
     compute = None if dtype == torch.float32 else dtype
     model = FastDiffFitDiT.from_dit(dit, compute_dtype=compute).eval()

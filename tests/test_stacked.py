@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import matvec_inputs, stacked_inputs, true_stacked_linear, true_stacked_matvec
+from op_cases import draw, many_matvec_inputs, matvec_inputs, stacked_inputs, true_stacked_linear, true_stacked_matvec
 from optest import BF16, F32, TOLERANCE, check_numbers
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ SIZE = (5, 72, 40)
 OPS = {
     "linear": (stacked_linear, true_stacked_linear, stacked_inputs),
     "matvec": (stacked_matvec, true_stacked_matvec, matvec_inputs),
+    "several vectors each": (stacked_matvec, true_stacked_matvec, many_matvec_inputs),
 }
 
 
@@ -68,3 +69,20 @@ def test_errors_name_both_sides() -> None:
     v, *weights = matvec_inputs(SIZE, F32, F32)
     with pytest.raises(ValueError, match="one weight of one size for each of 3 vectors is needed"):
         stacked_matvec(v, weights[:2])
+    with pytest.raises(ValueError, match=r"in = 71, the last size of the input \(3, 2, 71\)"):
+        stacked_matvec(draw(3, 2, 71, dtype=F32), weights)
+
+
+def test_one_of_several_vectors_is_that_vector_alone() -> None:
+    v, *weights = many_matvec_inputs(SIZE, F32, F32)
+    together = stacked_matvec(v, weights)
+    for i in range(v.shape[1]):
+        torch.testing.assert_close(together[:, i], stacked_matvec(v[:, i], weights), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_and_checked_with_several_vectors() -> None:
+    v, *weights = many_matvec_inputs(SIZE, F32, F32)
+    op = torch.ops.difffit_fast.stacked_matvec.default
+    torch.library.opcheck(op, (v.requires_grad_(), weights))
+    torch.library.opcheck(op, (v.to(BF16), weights))
+    torch.library.opcheck(torch.ops.difffit_fast.stacked_matvec_backward.default, (torch.randn(3, 5, 40), weights))
