@@ -20,7 +20,7 @@ from test_fast_dit import SMALL, loss_and_grads, shake, worst
 from torch import Tensor
 from training import SETTINGS, digits
 
-from difffit_fast import FastDiffFitDiT
+from difffit_fast import DiT, FastDiffFitDiT
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
 from difffit_fast.graph import capture
 from difffit_fast.ops import use_kernels
@@ -199,6 +199,33 @@ def test_captured_training_steps_equal_eager_ones() -> None:
             run_step()
     for a, b in zip(graphed.trainable_parameters(), eager.trainable_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_captured_forward_of_any_mixture_of_deltas() -> None:
+    model = FastDiffFitDiT(**SMALL)
+    model.load_state_dict(shake(DiT(**SMALL)).state_dict())
+    for name in ("a", "b"):
+        shake(model.add_delta(name))
+    exact, model = copy.deepcopy(model).double().eval(), model.to(DEVICE).eval()
+    x, t, y = torch.randn(4, 4, 8, 8), torch.randint(0, 1000, (4,)), torch.randint(0, 6, (4,))
+    slots = [v.to(DEVICE) for v in (x, t, y, torch.tensor([0, 0, 0, 0]), torch.ones(4))]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            model(*slots[:3], delta=slots[3], strength=slots[4])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(*slots[:3], delta=slots[3], strength=slots[4])
+    for index, strength in (([0, 1, -1, 0], [1.0, 1.0, 1.0, 1.0]), ([-1, -1, 1, 1], [0.5, 1.0, 0.0, 1.5])):
+        slots[3].copy_(torch.tensor(index))
+        slots[4].copy_(torch.tensor(strength))
+        graph.replay()
+        want = exact(x.double(), t, y, delta=torch.tensor(index), strength=torch.tensor(strength))
+        torch.testing.assert_close(out.cpu().double(), want, rtol=1e-4, atol=1e-4)
+        assert torch.equal(out, model(*slots[:3], delta=slots[3], strength=slots[4]))
 
 
 def test_no_synchronisation_in_a_step() -> None:
