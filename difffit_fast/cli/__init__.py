@@ -23,6 +23,7 @@ VERBS = {
     "train": "fine-tune a DiT on a folder of images by class",
     "extract": "cache what the VAE makes of the images, for faster training",
     "sample": "make images from a model, with a delta or without",
+    "mix": "make one delta of several on one base: their weighted sum",
     "export": "write a model, or base and delta in one, for others: an ordinary DiT, diffusers, a hub",
     "inspect": "say what a checkpoint, a delta or a run is",
     "check": "find what is wrong, left out or suspicious in images, a model file, features or a run",

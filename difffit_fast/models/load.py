@@ -84,55 +84,62 @@ def load_model(
         said = said.expect(name=name, num_heads=num_heads, num_classes=num_classes)
         if image_size not in (None, pixels):
             raise DiffFitError(f"image_size {image_size} was asked for; {delta} was made for {pixels} pixels")
-        model = _with_delta(ckpt, delta, header, weights, None if merge else compute_dtype)
+        model = base_of(ckpt, delta, header, weights, None if merge else compute_dtype)
+        model.load_delta(delta)
         model = model.merge() if merge else model
         objective = said.objective
     return LoadedModel(model.to(device).eval(), header, objective, pixels)
 
 
-def _with_delta(
+def base_of(
     ckpt: str | os.PathLike[str] | None,
     delta: str | os.PathLike[str],
     header: dict[str, Any],
-    weights: str,
-    compute_dtype: torch.dtype | None,
+    weights: str = "ema",
+    compute_dtype: torch.dtype | None = None,
 ) -> FastDiffFitDiT:
+    """The base of a delta, as the model that the delta is made for and is not loaded into yet.
+
+    Args:
+        ckpt: the base; None: the one that the settings of the delta's run name, or the random weights that it was made on.
+        header: of the delta.
+
+    Raises:
+        DiffFitError: there is none, or it cannot be the delta's; whether it is the one tells loading the delta.
+    """
     config, difffit = header["config"], header["difffit"]
     found_by = ""
     if ckpt is None:
-        ckpt, seed = _base_of(delta, header)
+        ckpt, seed = _ckpt_of(delta, header)
         found_by = (
             f", which {Path(delta).resolve().parent.parent / RUN_SETTINGS} names as the base of {delta}; give --ckpt"
         )
     if ckpt is None:
         base = random_dit(config, seed, objective=header.get("objective"))
-        model = FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
-    else:
-        if found_by and not model_path(ckpt).exists():
-            raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
-        file = read_model(ckpt, weights)
-        with warnings.catch_warnings(), seeded(0):
-            warnings.simplefilter("ignore")  # said when the delta was made; its class table replaces the random one
-            file = file.expect(num_heads=config["num_heads"])
-            file = file.with_null_class(config["class_dropout_prob"] > 0)
-            if header.get("class_rows") is not None:
-                file = file.with_class_rows(header["class_rows"], header.get("class_names"))
-            changed = file.config["num_classes"] != config["num_classes"]
-            if changed and not difffit.class_embedding:
-                raise DiffFitError(
-                    f"{delta} was made for {config['num_classes']} classes without training their embedding; "
-                    f"{ckpt} has {file.config['num_classes']}"
-                )
-            model = FastDiffFitDiT._of_file(
-                file, num_classes=config["num_classes"], input_size=config["input_size"],
-                pos_embed=header["pos_embed_scale"], class_dropout_prob=config["class_dropout_prob"],
-                difffit=difffit, compute_dtype=compute_dtype, objective=header.get("objective"),
-            )  # fmt: skip
-    model.load_delta(delta)
-    return model
+        return FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
+    if found_by and not model_path(ckpt).exists():
+        raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
+    file = read_model(ckpt, weights)
+    with warnings.catch_warnings(), seeded(0):
+        warnings.simplefilter("ignore")  # said when the delta was made; its class table replaces the random one
+        file = file.expect(num_heads=config["num_heads"])
+        file = file.with_null_class(config["class_dropout_prob"] > 0)
+        if header.get("class_rows") is not None:
+            file = file.with_class_rows(header["class_rows"], header.get("class_names"))
+        changed = file.config["num_classes"] != config["num_classes"]
+        if changed and not difffit.class_embedding:
+            raise DiffFitError(
+                f"{delta} was made for {config['num_classes']} classes without training their embedding; "
+                f"{ckpt} has {file.config['num_classes']}"
+            )
+        return FastDiffFitDiT._of_file(
+            file, num_classes=config["num_classes"], input_size=config["input_size"],
+            pos_embed=header["pos_embed_scale"], class_dropout_prob=config["class_dropout_prob"],
+            difffit=difffit, compute_dtype=compute_dtype, objective=header.get("objective"),
+        )  # fmt: skip
 
 
-def _base_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str | None, int]:
+def _ckpt_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str | None, int]:
     """The checkpoint that a delta was trained on, by the settings of its run; or None and the seed of random weights."""
     if header.get("random_base") is not None:
         return None, header["random_base"]
