@@ -28,7 +28,7 @@ VERBS = {
     "inspect": "say what a checkpoint, a delta or a run is",
     "check": "find what is wrong, left out or suspicious in images, a model file, features or a run",
     "bench": "measure the speed of a training step on this machine",
-    "eval": "FID, precision, recall and more between two sets of images",
+    "eval": "FID, precision, recall and more between sets of images and a reference",
     "prepare": "bring a data set's downloaded archive into folders by class",
 }
 
