@@ -802,7 +802,15 @@ def test_eval_command_with_random_inception(image_folders, tmp_path, capsys):
 # --- several sets ---
 
 
-MEANS = "def f(x):\n    return x.float().mean((2, 3))\n\n\nf.identity = 'means'\n\n\ndef bad(x):\n    return f(x) * float('nan')\n"
+MEANS = """
+def f(x):
+    return x.float().mean((2, 3))
+
+f.identity = "means"
+
+def bad(x):
+    return f(x) * float("nan")
+"""
 
 
 LEFT_OUT = "note: near: left out: 1 files without an image's name ending (the first: sampling.json)\n"

@@ -36,7 +36,7 @@ _K = 3
 
 
 def compare(samples: Any, reference: Any, features: Any = "inception", **options: Any) -> dict[str, Any]:
-    """Compare two sets of images; what ``difffit eval`` calls.
+    """Compare two sets of images; ``difffit eval`` measures the same by an :class:`Evaluator`.
 
     >>> compare("samples", "VIRTUAL_imagenet256_labeled.npz", metrics="all")["fid"]        # doctest: +SKIP
 

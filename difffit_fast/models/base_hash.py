@@ -33,11 +33,6 @@ PARTS = ("weights", "biases", "classes", "positions")
 _SAME_POSITION = 3e-3  # what bfloat16 does to a sine
 
 
-def base_hash(model: DiT) -> str:
-    """SHA-256 of the frozen weight matrices, the same whether the base is held in float32 or bfloat16, and under every preset."""
-    return base_hashes(model)["weights"][0]
-
-
 def base_hashes(model: DiT) -> dict[str, list[str]]:
     """Two hashes, of the values in bfloat16 and of those in float16, for each part of ``model``, a FastDiffFitDiT, that it has.
 
@@ -62,7 +57,11 @@ def other_base(header: Mapping[str, Any], model: DiT, source: str) -> str | None
 
 
 def recorded_base(model: DiT) -> dict[str, Any]:
-    """The entries of a header that say which base ``model``, a FastDiffFitDiT, is on."""
+    """The entries of a header that say which base ``model``, a FastDiffFitDiT, is on.
+
+    ``base_hash`` is the first hash of the weight matrices: the same whether the base is held in float32 or bfloat16, and
+    under every preset. ``base_hashes``: see :func:`base_hashes`.
+    """
     hashes = base_hashes(model)
     return {"base_hash": hashes["weights"][0], "base_hashes": hashes}
 
