@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import tracemalloc
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -795,6 +797,152 @@ def test_eval_command_with_random_inception(image_folders, tmp_path, capsys):
     assert "NOT FID" in shown
     assert "2 samples against 2" in shown
     assert json.loads((tmp_path / "o.json").read_text())["results"][0]["fd"] > 0
+
+
+# --- several sets ---
+
+
+MEANS = """
+def f(x):
+    return x.float().mean((2, 3))
+
+f.identity = "means"
+
+def bad(x):
+    return f(x) * float("nan")
+"""
+
+
+LEFT_OUT = "note: near: left out: 1 files without an image's name ending (the first: sampling.json)\n"
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Three sets and a reference in a folder, which is the working one; a module of features beside them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("means.py").write_text(MEANS)
+    for name, seed in (("far", 1), ("near", 2), ("r", 0), ("runs/x/near", 3)):
+        images = some_images(8, seed) // (8 if name == "far" else 1)
+        Path(name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(Path(name) / f"{i}.png")
+    np.savez("n.1.npz", arr_0=some_images(8, 4))
+    Path("n.1").mkdir()
+    Path("n.1/sampling.json").write_text('{"seed": 0, "step": 24000}')
+    Path("near/sampling.json").write_text('{"seed": 0, "step": 1000, "delta": "a"}')
+    return tmp_path
+
+
+def several(*words):
+    return main(["eval", *words, "--features", "means:f", "--device", "cpu"])
+
+
+def test_eval_of_several_sets_is_that_of_each_and_says_which_is_best(sets, capsys):
+    assert several("far", "near", "n.1.npz", "r", "--json", "all.json") == 0
+    shown = capsys.readouterr()
+    reports = json.loads(Path("all.json").read_text())
+    for name, report in zip(("far", "near", "n.1.npz"), reports, strict=True):
+        assert several(name, "r", "--json", "one.json") == 0
+        assert json.loads(Path("one.json").read_text()) == report
+    values = {report["samples"]: report["results"][0]["fd"] for report in reports}
+    head, titles, *rows, best = shown.out.splitlines()
+    assert shown.err == LEFT_OUT
+    assert head == "3 sets of samples against 8; features 'f'"
+    assert titles.split() == ["set", "step", "samples", "Fréchet", "distance", "Precision", "Recall"]
+    assert [row.split()[:4] for row in rows] == [
+        ["far", "-", "8", f"{values['far']:.4f}"],
+        ["near", "1000", "8", f"{values['near']:.4f}"],
+        ["n.1", "24000", "8", f"{values['n.1.npz']:.4f}"],
+    ]
+    assert len({len(row) for row in (titles, *rows)}) == 1
+    name = min(values, key=values.get)
+    told = {"near": "near (step 1000)", "n.1.npz": "n.1 (step 24000)"}[name]
+    assert best == f"best by Fréchet distance: {told}, {values[name]:.4f}"
+
+
+def test_eval_of_several_sets_reads_the_reference_once(sets, monkeypatch):
+    module, scores = sys.modules[ev.Evaluator.__module__], sys.modules[ev.precision_recall.__module__]
+    passes, balls = [], []
+    collect, radii = module.collect, scores._radii
+    monkeypatch.setattr(
+        module, "collect", lambda source, *a, **k: passes.append(source.name) or collect(source, *a, **k)
+    )
+    monkeypatch.setattr(scores, "_radii", lambda x, *rest: balls.append(len(x)) or radii(x, *rest))
+    assert several("far", "near", "n.1.npz", "r") == 0
+    assert passes == ["r", "far", "near", "n.1.npz"] and len(balls) == 4
+    passes.clear()
+    assert several("far", "near", "r", "--cache", "r.npz") == 0 and several("far", "near", "r", "--cache", "r.npz") == 0
+    assert passes == ["r", "far", "near", "far", "near"]
+
+
+def test_eval_with_random_inception_of_two_sets(image_folders, tmp_path, capsys):
+    a, b, r = (few(image_folders[i], tmp_path / name, n) for i, name, n in ((0, "a", 2), (1, "b", 2), (1, "r", 3)))
+    words = ["--features", "random-inception", "--metrics", "fd", "--device", "cpu", "--json", str(tmp_path / "o.json")]
+    assert main(["eval", str(a), str(b), str(r), *words]) == 0
+    shown = capsys.readouterr()
+    far, near = (report["results"][0]["fd"] for report in json.loads((tmp_path / "o.json").read_text()))
+    assert near < far and shown.out.splitlines()[-1] == f"best by Fréchet distance: b, {near:.4f}"
+    notes = shown.err.splitlines()
+    assert len(notes) == len(set(notes)) and not any(note.startswith("note: a: ") for note in notes)
+
+
+def test_eval_calls_equals_equal_and_names_them_apart(sets, capsys):
+    assert several("near", "near/", "r", "--metrics", "fd") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"best by Fréchet distance: near \(step 1000\) and near/ \(step 1000\), [\d.]+ each", line)
+    assert several("near", "runs/x/near", "r") == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:4]] == ["near", "runs/x/near"]
+
+
+def test_eval_says_what_a_ranking_does_not_tell(sets, capsys):
+    few(Path("far"), Path("less"), 5)
+    assert several("near", "less", "r") == 0
+    shown = capsys.readouterr()
+    assert shown.out.endswith(
+        "; the sets have 5 to 8 samples, on which the distance depends: --num-samples 5 compares as many of each\n"
+    )
+    assert several("near", "less", "r", "--num-samples", "5") == 0
+    assert "depends" not in capsys.readouterr().out
+    assert several("near", "r", "far", "--metrics", "pr") == 0
+    assert "best" not in capsys.readouterr().out
+    few(Path("near"), Path("tiny"), 2)
+    assert several("tiny", "near", "r", "--metrics", "fd") == 0
+    assert "note: tiny: 2 samples for 3 features" in capsys.readouterr().err
+
+
+def test_eval_says_what_is_known_when_a_set_fails(sets, capsys):
+    assert several("far", "near", "none", "r", "--json", "n.json") == 2
+    shown = capsys.readouterr()
+    assert [row.split()[0] for row in shown.out.splitlines()[2:-1]] == ["far", "near"]
+    assert shown.out.endswith("\nno set is called best by Fréchet distance: 2 of 3 sets were measured\n")
+    assert shown.err == LEFT_OUT + "difffit eval: none does not exist\n" and not Path("n.json").exists()
+    assert several("none", "far", "r") == 2
+    assert capsys.readouterr().out == ""
+    assert main(["eval", "far", "near", "r", "--features", "means:f,means:bad"]) == 2
+    assert capsys.readouterr().out.count("best by") == 1
+    assert main(["eval", "far", "near", "r", "--features", "means:f,means:f", "--json", "n.json"]) == 0
+    assert capsys.readouterr().out.count("best by") == 2
+    assert [len(report["results"]) for report in json.loads(Path("n.json").read_text())] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [('{"step": "last"}', "step in near/sampling.json should be a whole number of steps; it is 'last'"),
+     ('{"step": true}', "step in near/sampling.json should be"), ('{"step": -1}', "step in near/sampling.json should be"),
+     ("nonsense", "near/sampling.json cannot be read as JSON"), ('{"step": null}', "")],
+)  # fmt: skip
+def test_a_step_that_cannot_be_read_is_noted(sets, capsys, text, note):
+    Path("near/sampling.json").write_text(text)
+    assert several("far", "near", "r") == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1].split()[:2] == ["set", "samples"] and "best by" in shown.out
+    assert shown.err.startswith(f"note: {note}") if note else shown.err == LEFT_OUT
+
+
+def test_eval_needs_samples_and_a_reference(capsys):
+    assert main(["eval", "far"]) == 2
+    assert "required: REFERENCE" in capsys.readouterr().err
 
 
 def test_eval_command_with_a_hook(image_folders, tmp_path, capsys, monkeypatch):

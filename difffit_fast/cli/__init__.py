@@ -23,11 +23,12 @@ VERBS = {
     "train": "fine-tune a DiT on a folder of images by class",
     "extract": "cache what the VAE makes of the images, for faster training",
     "sample": "make images from a model, with a delta or without",
+    "mix": "make one delta of several on one base: their weighted sum",
     "export": "write a model, or base and delta in one, for others: an ordinary DiT, diffusers, a hub",
     "inspect": "say what a checkpoint, a delta or a run is",
     "check": "find what is wrong, left out or suspicious in images, a model file, features or a run",
     "bench": "measure the speed of a training step on this machine",
-    "eval": "FID, precision, recall and more between two sets of images",
+    "eval": "FID, precision, recall and more between sets of images and a reference",
     "prepare": "bring a data set's downloaded archive into folders by class",
 }
 

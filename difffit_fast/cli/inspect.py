@@ -141,8 +141,18 @@ def _rest(header: dict[str, Any]) -> dict[str, Any]:
         "architecture",
         "val_set",
     )
-    names = {"class_names": "class names", "class_rows": "class rows of the base", "val_loss": "validation loss"}
-    return {names.get(key, key): value for key, value in header.items() if key not in told}
+    names = {
+        "class_names": "class names",
+        "class_rows": "class rows of the base",
+        "val_loss": "validation loss",
+        "mixed": "mixed from",
+    }
+    words = {"mixed": lambda mixed: [f"{weight:g} of {name}" for name, weight in mixed]}
+    return {names.get(key, key): words.get(key, _as_it_is)(value) for key, value in header.items() if key not in told}
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _folder(path: Path) -> dict[str, Any]:

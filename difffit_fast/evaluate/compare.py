@@ -18,7 +18,7 @@ from .._devices import choose_device
 from ..errors import DiffFitError
 from .features import Extractor, get_extractor
 from .frechet import RunningStatistics, gaussian_distance
-from .scores import InceptionScore, precision_recall
+from .scores import InceptionScore, Manifold, precision_recall
 from .sources import ImageSource, open_images
 from .statistics import Statistics, is_statistics, load_statistics, save_statistics
 
@@ -36,7 +36,7 @@ _K = 3
 
 
 def compare(samples: Any, reference: Any, features: Any = "inception", **options: Any) -> dict[str, Any]:
-    """Compare two sets of images; what ``difffit eval`` calls.
+    """Compare two sets of images; ``difffit eval`` measures the same by an :class:`Evaluator`.
 
     >>> compare("samples", "VIRTUAL_imagenet256_labeled.npz", metrics="all")["fid"]        # doctest: +SKIP
 
@@ -94,6 +94,7 @@ class Evaluator:
         self.extractor = get_extractor(features, device=self.device, **extractor_options)
         self.batch_size, self.image_size, self.progress = batch_size, image_size, progress
         self._given: ImageSource | None = None  # the images of the reference, where there are any
+        self._manifold: Manifold | None = None  # of its features, once precision and recall were asked for
         self.reference = self._reference(reference, names, cache)
         if metrics == "all":
             names = [name for name in names if not self._lacking(name)]
@@ -120,8 +121,10 @@ class Evaluator:
             elif name == "is" and taken.inception_score is not None:
                 result["is"], result["is_std"] = taken.inception_score
             elif name == "pr" and taken.features is not None and reference.features is not None:
+                if self._manifold is None:
+                    self._manifold = Manifold.of(reference.features.to(self.device), _K)
                 result["precision"], result["recall"] = precision_recall(
-                    taken.features.to(self.device), reference.features.to(self.device), _K
+                    taken.features.to(self.device), self._manifold, _K
                 )
         if odd := [name for name, value in result.items() if not math.isfinite(value)]:
             raise DiffFitError(f"{', '.join(odd)} of {source.name} are NaN or infinite; look at the features")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..errors import DiffFitError
 
-__all__ = ["InceptionScore", "precision_recall"]
+__all__ = ["InceptionScore", "Manifold", "precision_recall"]
 
 
 class InceptionScore:
@@ -58,40 +60,73 @@ class InceptionScore:
         return float(values.mean()), float(values.std(correction=0))
 
 
-def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, block: int = 2048) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Manifold:
+    """The union of balls around the points of a reference, each reaching to the point's k-th nearest neighbour.
+
+    Attributes:
+        points: features [M, D] without their mean.
+        centre: their mean, [D].
+        radii: squared, float64 [M].
+    """
+
+    points: Tensor
+    centre: Tensor
+    radii: Tensor
+    k: int
+
+    @classmethod
+    def of(cls, reference: Tensor, k: int = 3, block: int = 2048) -> Manifold:
+        """That of features [M, D]; ``block``: see :func:`precision_recall`.
+
+        Raises:
+            DiffFitError: as :func:`precision_recall`.
+        """
+        _check_features(reference, "reference", k)
+        if k < 1:
+            raise DiffFitError(f"k must be at least 1; got {k}")
+        if reference.device.type == "mps":
+            reference = reference.cpu()
+        # Distances do not see a common shift; without the mean they lose fewer digits.
+        centre = reference.to(torch.float64).mean(0).to(reference.dtype)
+        points = reference - centre
+        return cls(points, centre, _radii(points, k, block), k)
+
+
+def precision_recall(
+    samples: Tensor, reference: Tensor | Manifold, k: int = 3, block: int = 2048
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., 2019).
 
-    The manifold of a set is the union of balls around its points, each reaching to the point's k-th nearest neighbour.
     Precision: the share of samples on the reference's manifold. Recall: the share of the reference on the samples'.
 
     Args:
-        samples, reference: features [N, D] and [M, D].
+        samples: features [N, D].
+        reference: features [M, D]; or their manifold of this k, where several sets are compared with it.
         block: rows held at once; memory is that of the features and a few block × block distances, float64.
 
     Raises:
         DiffFitError: shapes that do not fit, features that are not finite, fewer than k + 1 points.
     """
-    for name, x in (("samples", samples), ("reference", reference)):
-        if x.dim() != 2:
-            raise DiffFitError(f"features of the {name} must have shape [n, D]; got {tuple(x.shape)}")
-        if len(x) <= k:
-            raise DiffFitError(
-                f"precision and recall with k = {k} need at least {k + 1} images; the {name} are {len(x)}"
-            )
-        if not torch.isfinite(x).all():
-            raise DiffFitError(f"features of the {name} are NaN or infinite")
-    if k < 1:
-        raise DiffFitError(f"k must be at least 1; got {k}")
-    if samples.shape[1] != reference.shape[1]:
-        raise DiffFitError(f"samples and reference have {samples.shape[1]} and {reference.shape[1]} dimensions")
-    if samples.device.type == "mps":
-        samples, reference = samples.cpu(), reference.cpu()
-    # Distances do not see a common shift; without the mean they lose fewer digits.
-    centre = reference.to(torch.float64).mean(0).to(reference.dtype)
-    samples, reference = samples - centre, reference.to(samples.device) - centre.to(samples.device)
-    precision = _share_inside(samples, reference, _radii(reference, k, block), block)
-    recall = _share_inside(reference, samples, _radii(samples, k, block), block)
+    _check_features(samples, "samples", k)
+    known = reference if isinstance(reference, Manifold) else Manifold.of(reference, k, block)
+    if known.k != k:
+        raise DiffFitError(f"the reference's manifold is of k = {known.k}; k = {k} was asked for")
+    if samples.shape[1] != known.points.shape[1]:
+        raise DiffFitError(f"samples and reference have {samples.shape[1]} and {known.points.shape[1]} dimensions")
+    samples = samples.to(known.points.device) - known.centre
+    precision = _share_inside(samples, known.points, known.radii, block)
+    recall = _share_inside(known.points, samples, _radii(samples, k, block), block)
     return precision, recall
+
+
+def _check_features(x: Tensor, name: str, k: int) -> None:
+    if x.dim() != 2:
+        raise DiffFitError(f"features of the {name} must have shape [n, D]; got {tuple(x.shape)}")
+    if len(x) <= k:
+        raise DiffFitError(f"precision and recall with k = {k} need at least {k + 1} images; the {name} are {len(x)}")
+    if not torch.isfinite(x).all():
+        raise DiffFitError(f"features of the {name} are NaN or infinite")
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -33,11 +33,6 @@ PARTS = ("weights", "biases", "classes", "positions")
 _SAME_POSITION = 3e-3  # what bfloat16 does to a sine
 
 
-def base_hash(model: DiT) -> str:
-    """SHA-256 of the frozen weight matrices, the same whether the base is held in float32 or bfloat16, and under every preset."""
-    return base_hashes(model)["weights"][0]
-
-
 def base_hashes(model: DiT) -> dict[str, list[str]]:
     """Two hashes, of the values in bfloat16 and of those in float16, for each part of ``model``, a FastDiffFitDiT, that it has.
 
@@ -58,25 +53,42 @@ def other_base(header: Mapping[str, Any], model: DiT, source: str) -> str | None
 
     Warns where the two differ by a rounding to float16, and where the delta is too old to tell all of it.
     """
-    mine, theirs = base_hashes(model), header.get("base_hashes")
-    if theirs is None:
-        if header["base_hash"] != mine["weights"][0]:
+    return differing_part(header, recorded_base(model), source, "the model")
+
+
+def recorded_base(model: DiT) -> dict[str, Any]:
+    """The entries of a header that say which base ``model``, a FastDiffFitDiT, is on.
+
+    ``base_hash`` is the first hash of the weight matrices: the same whether the base is held in float32 or bfloat16, and
+    under every preset. ``base_hashes``: see :func:`base_hashes`.
+    """
+    hashes = base_hashes(model)
+    return {"base_hash": hashes["weights"][0], "base_hashes": hashes}
+
+
+def differing_part(header: Mapping[str, Any], other: Mapping[str, Any], source: str, other_source: str) -> str | None:
+    """:func:`other_base` between two headers, or what :func:`recorded_base` says of a model."""
+    theirs, mine = header.get("base_hashes"), other.get("base_hashes")
+    if theirs is None or mine is None:
+        if header["base_hash"] != other["base_hash"]:
             return "weights"
-        if rest := [part for part in PARTS[1:] if part in mine]:
+        known = theirs or mine or PARTS
+        if rest := [part for part in PARTS[1:] if part in known]:
+            old, whose = (source, other_source) if theirs is None else (other_source, source)
             warnings.warn(
-                f"{source} was written by an earlier version, which recorded the weights of its base only: whether its "
-                f"{' and '.join(rest)} are the model's is not known",
-                stacklevel=3,
+                f"{old} was written by an earlier version, which recorded the weights of its base only: whether its "
+                f"{' and '.join(rest)} are {whose}'s is not known",
+                stacklevel=4,
             )
         return None
     for part in PARTS:
-        ours, other = set(mine.get(part, ())), set(theirs.get(part, ()))
-        if ours != other and not ours & other:
+        ours, others = set(mine.get(part, ())), set(theirs.get(part, ()))
+        if ours != others and not ours & others:
             return part
     if rounded := [part for part in mine if mine[part][0] != theirs[part][0]]:
         warnings.warn(
-            f"{source}: the {' and '.join(rounded)} of its base are the model's, rounded to float16 in one of the two",
-            stacklevel=3,
+            f"{source}: the {' and '.join(rounded)} of its base are {other_source}'s, rounded to float16 in one of the two",
+            stacklevel=4,
         )
     return None
 

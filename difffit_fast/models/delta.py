@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import DeltaMismatchError, DiffFitError
-from .base_hash import base_hash, base_hashes, other_base
+from .base_hash import differing_part, recorded_base
 from .difffit import DiffFitConfig
 from .dit import DiT
-from .header import read_header, write_model_file
+from .header import VERSION, read_header, write_model_file
 from .state_dict import check_finite
 
 
@@ -71,8 +71,7 @@ def save_delta(
         "pos_embed_scale": model.pos_embed_scale,
         "class_names": None if class_names is None else list(class_names),
         "class_rows": untrained_rows(model),
-        "base_hash": base_hash(model),
-        "base_hashes": base_hashes(model),
+        **recorded_base(model),
         "random_base": model.random_base,
         "objective": model.objective,
         **metadata,
@@ -142,39 +141,68 @@ def check_delta(model: DiT, header: Mapping[str, Any], path: str, *, classes: bo
         DiffFitError: the model's modules have been made into something else.
     """
     model.as_built.check_whole(f"{path} cannot be loaded")
-    config, mine = header["config"], model.config
+    mine = {
+        "version": VERSION,
+        "config": model.config,
+        "difffit": model.difffit,
+        "pos_embed_scale": model.pos_embed_scale,
+        "class_rows": untrained_rows(model),
+        "objective": model.objective,
+    }
+    _check_made_for(header, mine, path, "the model", classes)
+    _check_base(header, recorded_base(model), path, "the model")
+
+
+def check_alike(header: Mapping[str, Any], other: Mapping[str, Any], path: str, other_path: str) -> None:
+    """Raise unless the deltas of two headers belong to the same models, whatever their classes; ``path``, for messages.
+
+    Raises:
+        DeltaMismatchError: as :func:`check_delta`.
+    """
+    _check_made_for(header, other, path, other_path, classes=False)
+    _check_base(header, other, path, other_path)
+
+
+def _check_made_for(header: Mapping[str, Any], mine: Mapping[str, Any], path: str, whose: str, classes: bool) -> None:
+    """Compare all but the base of two headers; ``mine`` is that of ``whose``, which may be "the model"."""
+    config, own = header["config"], mine["config"]
     for key, label in (
         ("hidden_size", "width"), ("depth", "depth"), ("num_heads", "number of heads"), ("patch_size", "patch size"),
         ("in_channels", "input channels"), ("mlp_ratio", "MLP ratio"), ("learn_sigma", "learn_sigma"),
         ("num_classes", "number of classes"), ("input_size", "input size"),
     ):  # fmt: skip
-        if (classes or key != "num_classes") and config[key] != mine[key]:
-            raise DeltaMismatchError(f"{path} was made for {label} {config[key]}; the model has {label} {mine[key]}")
-    objectives = header.get("objective"), model.objective
+        if (classes or key != "num_classes") and config[key] != own[key]:
+            raise DeltaMismatchError(f"{path} was made for {label} {config[key]}; {whose} has {label} {own[key]}")
+    objectives = header.get("objective"), mine.get("objective")
     if None not in objectives and objectives[0] != objectives[1]:
-        raise DeltaMismatchError(f"{path} was made for the objective {objectives[0]}; the model has {objectives[1]}")
-    theirs = header["difffit"]
-    if theirs != model.difffit:
+        raise DeltaMismatchError(f"{path} was made for the objective {objectives[0]}; {whose} has {objectives[1]}")
+    theirs, ours = header["difffit"], mine["difffit"]
+    if theirs != ours:
         raise DeltaMismatchError(
-            f"{path} was made with difffit={theirs.name} {theirs.to_json()}; the model has {model.difffit.name} "
-            f"{model.difffit.to_json()}"
+            f"{path} was made with difffit={theirs.name} {theirs.to_json()}; {whose} has {ours.name} {ours.to_json()}"
         )
-    # Version 1 recorded the scale of a table that it had made itself, and 1 for any that came with the base.
-    own_table = header["version"] == 1 and header["pos_embed_scale"] == 1
-    if header["pos_embed_scale"] != model.pos_embed_scale and not own_table:
+    scales = header["pos_embed_scale"], mine["pos_embed_scale"]
+    if scales[0] != scales[1] and tells_scale(header) and tells_scale(mine):
+        raise DeltaMismatchError(f"{path} was made with positions scaled by {scales[0]}; {whose} has {scales[1]}")
+    if (rows := header.get("class_rows")) != (own_rows := mine.get("class_rows")):
         raise DeltaMismatchError(
-            f"{path} was made with positions scaled by {header['pos_embed_scale']}; the model has {model.pos_embed_scale}"
+            f"{path} was made with {_row_words(rows)} of its base's class table; {whose} has {_row_words(own_rows)}"
         )
-    if (rows := header.get("class_rows")) != untrained_rows(model):
-        raise DeltaMismatchError(
-            f"{path} was made with {_row_words(rows)} of its base's class table; the model has "
-            f"{_row_words(untrained_rows(model))}"
+
+
+def tells_scale(header: Mapping[str, Any]) -> bool:
+    """Whether its ``pos_embed_scale`` is that of the positions: version 1 recorded the scale of a table that it had made
+    itself, and 1 for any that came with the base."""
+    return not (header["version"] == 1 and header["pos_embed_scale"] == 1)
+
+
+def _check_base(header: Mapping[str, Any], mine: Mapping[str, Any], path: str, whose: str) -> None:
+    if part := differing_part(header, mine, path, whose):
+        a, b = (
+            h["base_hash"] if part == "weights" else h["base_hashes"].get(part, ["none"])[0] for h in (header, mine)
         )
-    if part := other_base(header, model, path):
-        theirs = header["base_hash"] if part == "weights" else header["base_hashes"].get(part, ["none"])[0]
-        mine = base_hashes(model).get(part, ["none"])[0]
         raise DeltaMismatchError(
-            f"{path} was made on another base: its {part} have the hash {theirs[:12]}…, the model's {mine[:12]}…"
+            f"{path} was made on another base: its {part} have the hash {a[:12]}…, {whose}'s {b[:12]}…"
         )
 
 

@@ -480,7 +480,7 @@ def load_deltas(model: Any, paths: Mapping[str, str | os.PathLike[str]]) -> dict
             own[TABLE] = own[TABLE].new_empty(rows, model.hidden_size, device="meta")
         check_tensors(own, tensors, str(path))
         table = tensors[TABLE].to(like) if trained else model.y_embedder.embedding_table.weight.detach().clone()
-        partner = _base_rows(base, config["num_classes"], rows, header.get("class_names"))
+        partner = base_rows(base, config["num_classes"], rows, header.get("class_names"))
         flat = deltas.layout.flatten(tensors).to(like)
         made[name] = Delta(flat, table, partner.to(like.device), config["num_classes"], header, trained)
     for name, delta in made.items():
@@ -523,7 +523,7 @@ def add_delta(
         )
     table = class_table(known, chosen, base.has_null_class).to(base.classes).clone()
     names = None if chosen.names is None else list(chosen.names)
-    partner = _base_rows(base, num_classes, len(table), names)
+    partner = base_rows(base, num_classes, len(table), names)
     delta = Delta(base.vectors.clone(), table, partner.to(table.device), num_classes, {"class_names": names}, trained)
     delta.requires_grad_(True)
     deltas.put(name, delta)
@@ -554,11 +554,17 @@ def _own(model: Any, base: _BaseDelta) -> Delta:
     flat = model.deltas.layout.flatten({name: p for name, p in model.named_parameters()}).to(base.vectors)
     names = None if model.classes is None else model.classes.names
     table = model.y_embedder.embedding_table.weight.detach()
-    partner = _base_rows(base, model.num_classes, len(table), names).to(table.device)
+    partner = base_rows(base, model.num_classes, len(table), names).to(table.device)
     return Delta(flat, table, partner, model.num_classes, {"class_names": names}, model.difffit.class_embedding)
 
 
-def _base_rows(base: _BaseDelta, count: int, rows: int, names: Sequence[str] | None) -> Tensor:
+def base_rows(base: _BaseDelta, count: int, rows: int, names: Sequence[str] | None) -> Tensor:
+    """The row of the base's class table that each row of a delta's goes with, (rows,) long; see this module's docstring.
+
+    Args:
+        count, rows: classes of the delta, and rows of its table.
+        names: of its classes.
+    """
     chosen = choose_rows(base.class_names, base.num_classes, names, count, "match").rows
     null = base.num_classes
     return torch.tensor([null if row is None else row for row in chosen] + [null] * (rows - count), dtype=torch.long)

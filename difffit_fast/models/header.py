@@ -58,6 +58,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "add_bias": (bool,),  # whether linears without a bias got one there
     "branch_ends": (list,),  # where γ was put there, if it was said
     "random_base": (int,),  # the seed that the base's random weights came from, where it was no checkpoint
+    "mixed": (list,),  # of a delta that is the weighted sum of others: [name of the file, weight] of each
 }
 # Numbers have bounds, both included.
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -147,6 +148,11 @@ def check_header(values: Mapping[str, Any], source: str) -> None:
         for pair in hashes.values()
     ):
         raise DiffFitError(f"{source}: base_hashes in its metadata should be pairs of text; it is {hashes!r:.60}")
+    mixed = values.get("mixed")
+    if mixed is not None and not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and _is_finite(pair[1]) for pair in mixed
+    ):
+        raise DiffFitError(f"{source}: mixed in its metadata should be pairs of text and number; it is {mixed!r:.60}")
     names = values.get("class_names")
     if names is not None and not all(isinstance(name, str) for name in names):
         raise DiffFitError(f"{source}: class_names in its metadata should be text; it is {names!r:.60}")
@@ -164,6 +170,11 @@ def check_header(values: Mapping[str, Any], source: str) -> None:
         raise DiffFitError(f"{source}: config in its metadata makes no DiT: {error}") from error
     if names is not None and len(names) != config["num_classes"]:
         raise DiffFitError(f"{source}: its metadata has {len(names)} class_names for {config['num_classes']} classes")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a finite number, of JSON's kinds."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def record_in_state_dict(state: Any, values: Mapping[str, Any]) -> None:

@@ -91,7 +91,8 @@ def load_model(
         said = said.expect(name=name, num_heads=num_heads, num_classes=num_classes)
         if image_size not in (None, pixels):
             raise DiffFitError(f"image_size {image_size} was asked for; {delta} was made for {pixels} pixels")
-        model = _with_delta(ckpt, delta, header, weights, None if merge else compute_dtype)
+        model = base_of(ckpt, delta, header, weights, None if merge else compute_dtype)
+        model.load_delta(delta)
         model = model.merge() if merge else model
         objective = said.objective
     return LoadedModel(model.to(device).eval(), header, objective, pixels)
@@ -116,18 +117,15 @@ def _load_deltas(
     pixels = image_pixels(header, header["config"], str(first))
     if image_size not in (None, pixels):
         raise DiffFitError(f"image_size {image_size} was asked for; {first} was made for {pixels} pixels")
-    found_by = ""
     if ckpt is None:
-        bases = {path: base_of(path, said) for path, said in headers.items()}
-        ckpt, seed = bases[first]
+        bases = {path: _ckpt_of(path, said) for path, said in headers.items()}
         for path, base in bases.items():
-            if base != (ckpt, seed):
+            if base != bases[first]:
                 raise DiffFitError(
-                    f"the settings of the runs name different bases, {_shown_base(ckpt, seed)} for {first} and "
+                    f"the settings of the runs name different bases, {_shown_base(*bases[first])} for {first} and "
                     f"{_shown_base(*base)} for {path}; give --ckpt"
                 )
-        found_by = f", which {_settings_of(first)} names as the base of {first}; give --ckpt"
-    model = _base_for(ckpt, header, weights, compute_dtype, found_by, own_classes=True)
+    model = base_of(ckpt, first, header, weights, compute_dtype, own_classes=True)
     said = ModelFile({}, model.config, str(ckpt), model.objective, 1.0, pixels, recorded=frozenset(model.config))
     said.expect(name=name, num_heads=num_heads, num_classes=num_classes)
     model.load_deltas(deltas)
@@ -140,38 +138,34 @@ def _shown_base(ckpt: str | None, seed: int) -> str:
     return f"random weights of seed {seed}" if ckpt is None else str(ckpt)
 
 
-def _with_delta(
+def base_of(
     ckpt: str | os.PathLike[str] | None,
     delta: str | os.PathLike[str],
     header: dict[str, Any],
-    weights: str,
-    compute_dtype: torch.dtype | None,
-) -> FastDiffFitDiT:
-    found_by = ""
-    if ckpt is None:
-        ckpt, seed = base_of(delta, header)
-        found_by = f", which {_settings_of(delta)} names as the base of {delta}; give --ckpt"
-        if ckpt is None:
-            header = {**header, "random_base": seed}
-    model = _base_for(ckpt, header, weights, compute_dtype, found_by, source=str(delta))
-    model.load_delta(delta)
-    return model
-
-
-def _base_for(
-    ckpt: str | os.PathLike[str] | None,
-    header: dict[str, Any],
-    weights: str,
-    compute_dtype: torch.dtype | None,
-    found_by: str,
+    weights: str = "ema",
+    compute_dtype: torch.dtype | None = None,
     *,
-    source: str = "",
     own_classes: bool = False,
 ) -> FastDiffFitDiT:
-    """The base of a delta of this header, with the delta's classes or its own."""
+    """The base of a delta, as the model that the delta is made for and is not loaded into yet.
+
+    Args:
+        ckpt: the base; None: the one that the settings of the delta's run name, or the random weights that it was made on.
+        header: of the delta.
+        own_classes: keep the base's classes, for a delta that lies beside it, in place of the delta's.
+
+    Raises:
+        DiffFitError: there is none, or it cannot be the delta's; whether it is the one tells loading the delta.
+    """
     config, difffit = header["config"], header["difffit"]
+    found_by = ""
     if ckpt is None:
-        base = random_dit(config, header["random_base"], objective=header.get("objective"))
+        ckpt, seed = _ckpt_of(delta, header)
+        found_by = (
+            f", which {Path(delta).resolve().parent.parent / RUN_SETTINGS} names as the base of {delta}; give --ckpt"
+        )
+    if ckpt is None:
+        base = random_dit(config, seed, objective=header.get("objective"))
         return FastDiffFitDiT.from_dit(base, difffit=difffit, compute_dtype=compute_dtype)
     if found_by and not model_path(ckpt).exists():
         raise DiffFitError(f"checkpoint not found: {ckpt}{found_by}")
@@ -187,7 +181,7 @@ def _base_for(
         changed = file.config["num_classes"] != config["num_classes"]
         if changed and not difffit.class_embedding and not own_classes:
             raise DiffFitError(
-                f"{source} was made for {config['num_classes']} classes without training their embedding; "
+                f"{delta} was made for {config['num_classes']} classes without training their embedding; "
                 f"{ckpt} has {file.config['num_classes']}"
             )
         classes: dict[str, Any] = {}
@@ -199,11 +193,7 @@ def _base_for(
         )  # fmt: skip
 
 
-def _settings_of(delta: str | os.PathLike[str]) -> Path:
-    return Path(delta).resolve().parent.parent / RUN_SETTINGS
-
-
-def base_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str | None, int]:
+def _ckpt_of(delta: str | os.PathLike[str], header: dict[str, Any]) -> tuple[str | None, int]:
     """The checkpoint that a delta was trained on, by the settings of its run; or None and the seed of random weights."""
     if header.get("random_base") is not None:
         return None, header["random_base"]
