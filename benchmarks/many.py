@@ -312,7 +312,7 @@ class Step:
 def make_step(many: Many, method: str) -> Step:
     model = many.model
     if method == "own":
-        trainable = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("deltas.")]
+        trainable = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(DELTAS)]
     else:
         worn = many.names[:1] if method == "one" else many.names
         trainable = [p for name in worn for p in model.deltas[name].parameters()]
@@ -455,7 +455,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if method in steps:
                 wrong["training"].setdefault(method, said)
         sizes = domain_bytes(many, models, adapters, folder)
-    parameters = sum(p.numel() for n, p in many.model.named_parameters() if not n.startswith("deltas."))
+    own = [p for n, p in many.model.named_parameters() if not n.startswith(DELTAS) and not is_extra(n)]
+    parameters = sum(p.numel() for p in own)
     for call in runs.values():
         call()  # makes the optimizers' state
     times: dict[Any, list[float]] = {key: [] for key in runs}
