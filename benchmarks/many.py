@@ -457,6 +457,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sizes = domain_bytes(many, models, adapters, folder)
     own = [p for n, p in many.model.named_parameters() if not n.startswith(DELTAS) and not is_extra(n)]
     parameters = sum(p.numel() for p in own)
+    gc.collect()
     for call in runs.values():
         call()  # makes the optimizers' state
     times: dict[Any, list[float]] = {key: [] for key in runs}
