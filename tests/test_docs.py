@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from difffit_fast import FastDiffFitDiT, create_diffusion, load_model
+from difffit_fast import DiffFitError, FastDiffFitDiT, create_diffusion, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,10 +126,17 @@ def test_every_snippet_of_the_page_on_many_domains(tmp_path: Path, monkeypatch: 
     torch.testing.assert_close(image, alone, rtol=1e-3, atol=1e-3)
     assert other.shape == image.shape and not torch.allclose(other, image, atol=0.1)
     for words, said in ((("hands", "lower_a"), "nearest is 'hand'"), (("hand", "lower_b"), "not in list")):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((DiffFitError, ValueError), match=said):
             known["submit"](*words)
     with pytest.raises(ValueError, match="strength must be finite"):
         known["submit"]("hand", "lower_a", strength=float("nan"))
+    # A request that is taken back, and one whose domain goes while it waits, leave the server alive.
+    with known["lock"]:
+        known["submit"]("digits", "digit0").cancel()
+        gone = known["submit"]("capitals", "A")
+        model.drop_delta("capitals")
+    assert "no delta 'capitals'" in str(gone.exception(60))
+    torch.testing.assert_close(known["submit"]("digits", "digit1", seed=3).result(60), alone, rtol=1e-3, atol=1e-3)
 
 
 def test_the_formulas_of_the_page_on_many_domains() -> None:
