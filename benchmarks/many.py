@@ -39,6 +39,8 @@ deltas of P vector entries and C class rows, LoRA of rank r, in flops of matrix 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import importlib.util
@@ -380,6 +382,8 @@ def measure_peak(args: argparse.Namespace, phase: str, method: str) -> dict[str,
     if method in ("merged", "lora"):  # the model that they are made of does not count
         del many.model
         gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # glibc keeps what is freed, unless it is asked
+            ctypes.CDLL(None).malloc_trim(0)
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
