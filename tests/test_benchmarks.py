@@ -728,3 +728,15 @@ def test_domains_that_are_all_alike_prove_nothing(load) -> None:
     assert "off by inf" in check.same(rows * float("nan"), rows, None, 1e-5)
     with pytest.raises(SystemExit):
         load("many").parse([*MANY, "--domains", "5"])
+
+
+def test_adapters_on_other_samples_are_seen(load, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    models, check = load("many_models"), load("many_check")
+    args = load("many").parse([*MANY, "--dtype", "fp32"])
+    made = models.make_many(args, tmp_path)
+    forward, model = models.lora(args, made)
+    assert check.check_outputs(made, {"lora": forward}, model, torch.float32) == {}
+    moved = made.worn[1:] + made.worn[:1]
+    said = check.check_outputs(made, {"lora": lambda: model(*made.inputs, adapter_names=moved)}, model, torch.float32)
+    assert "its output is off by" in said["lora"]
