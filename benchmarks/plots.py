@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""The README's tables, and all plots, from the files under benchmarks/results/ and from nothing else.
+"""The tables of the README and of docs/many.md, and all plots, from the files under benchmarks/results/ and from nothing else.
 
     python benchmarks/plots.py              # rewrite the tables between the markers and every plot
     python benchmarks/plots.py --check      # write nothing; fail if a table is not what the files say
 
 ``speed``, between the lines <!-- speed:begin --> and <!-- speed:end -->: one row for each ``speed*.json`` that
 ``speed.py`` wrote to its end. ``apply``: one row for each model of an ``apply*.json`` of ``apply.py``. ``demo``: what
-``make demo ARGS="--publish"`` wrote to ``demo.json``, with its figure. A plot lies beside the file it shows: ``speed*.png``,
-``ops.png`` and ``demo.png``, which the demo draws.
+``make demo ARGS="--publish"`` wrote to ``demo.json``, with its figure. ``many``, in docs/many.md: a table for each
+``many*.json`` of ``many.py``. A plot lies beside the file it shows: ``speed*.png``, ``ops.png`` and ``demo.png``, which the
+demo draws.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,56 @@ def _mebibytes(modes: dict[str, Any], name: str) -> str:
     return f"{peak / 2**20:.0f} MiB" if peak else "memory not measured"
 
 
+DOMAINS = {
+    "one": "one domain for all samples", "own": "the model's own parameters", "mixed": "a domain for each sample",
+    "mixed-strength": "the same, a strength for each", "merged": "merged models in turn",
+    "lora": "PEFT LoRA, rank {rank}, an adapter for each",
+}  # fmt: skip
+KEPT = {"merged": "merged", "lora": "lora"}  # what a domain of that method is; a delta otherwise
+
+
+def many_tables(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
+    """A Markdown table for each file, one row a method: times, as multiples of one domain's, memory, bytes of a domain."""
+    if not files:
+        return "Not measured yet: `python benchmarks/many.py --json benchmarks/results/<device>/many-<dtype>.json`."
+    return "\n\n".join(_many_table(path, result, root) for path, result in files)
+
+
+def _many_table(path: Path, result: dict[str, Any], root: Path) -> str:
+    where = os.path.relpath(path, root).replace(os.sep, "/")
+    expected, tokens = result["prediction"], (result["side"] // 2) ** 2
+    head = (
+        f"{result['device'].split(', ')[0]}, PyTorch {result['torch']}, width {result['width']}, {result['depth']} blocks, "
+        f"{tokens} tokens, batch {result['batch_size']} in {result['domains']} domains, {result['dtype']} "
+        f"([{result['date'][:10]}]({where})). Before measuring, products alone: a domain for each sample "
+        f"{expected['mixed_flops_times_one']:.4f} × one, LoRA {expected['lora_flops_times_one']:.3f} × one; vectors laid "
+        f"side by side {expected['mixed_stacked_bytes'] / 1e6:.1f} MB, gathered {expected['mixed_gathered_bytes'] / 1e6:.1f} MB."
+    )
+    several = ["inference", "× one", "peak memory", "training step", "× one", "peak memory"]
+    columns = ["", *several, "a domain more: file", "memory"]
+    lines = [columns, ["---"] * len(columns)]
+    for name, title in DOMAINS.items():
+        if name not in result["inference"]["modes"]:
+            continue
+        size = result["domain_bytes"].get(KEPT.get(name, "delta"))
+        kept = [f"{size[key] / 1e6:.3f} MB" if size else "" for key in ("disk", "memory")]
+        cells = [cell for phase in ("inference", "training") for cell in _many_cells(result[phase], name)]
+        lines.append([title.format(rank=result["rank"]), *cells, *kept])
+    return head + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _many_cells(phase: dict[str, Any], name: str) -> list[str]:
+    """Milliseconds, the multiple of ``one`` with its interval, and the peak of a method; nothing where it was not measured."""
+    if name not in phase["modes"]:
+        return [""] * 3
+    row, ratio = phase["modes"][name], phase["ratios"].get(name)
+    says = row["problem"] or ""
+    if ratio:
+        low, high = ratio["interval"] or (ratio["round_p10"], ratio["round_p90"])
+        says = f"**{ratio['ratio']:.2f}** ({low:.2f}–{high:.2f})"
+    return [f"{row['batch_ms']['median']:.1f} ms", says, _mebibytes(phase["modes"], name)]
+
+
 def insert(text: str, block: str, content: str) -> str:
     """``text`` with the lines between the markers of ``block`` replaced.
 
@@ -229,32 +280,46 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where many.md lies")
     parser.add_argument("--check", action="store_true", help="fail if a table is out of date; write nothing")
     args = parser.parse_args(argv)
     speed = [(path, result) for path, result in load(args.results, "speed*.json") if result.get("complete", True)]
     applied = [(path, result) for path, result in load(args.results, "apply*.json") if result["complete"]]
-    try:
-        text = args.readme.read_text()
-        root = args.readme.resolve().parent
-        new = insert(text, "speed", speed_table(speed, root))
-        new = insert(new, "demo", demo_block(load(args.results, "demo.json"), root))
-        new = insert(new, "apply", apply_table(applied, root))
-    except (OSError, ValueError) as error:
-        print(f"{args.readme}: {error}", file=sys.stderr)
-        return 1
-    if args.check:
+    many = [(path, result) for path, result in load(args.results, "many*.json") if result["complete"]]
+    demo = load(args.results, "demo.json")
+    pages: dict[Path, dict[str, Callable[[Path], str]]] = {
+        args.readme: {
+            "speed": lambda root: speed_table(speed, root),
+            "demo": lambda root: demo_block(demo, root),
+            "apply": lambda root: apply_table(applied, root),
+        },
+        args.docs / "many.md": {"many": lambda root: many_tables(many, root)},
+    }
+    changed: dict[Path, str] = {}
+    for page, blocks in pages.items():
+        try:
+            text = new = page.read_text()
+            for block, content in blocks.items():
+                new = insert(new, block, content(page.resolve().parent))
+        except (OSError, ValueError) as error:
+            print(f"{page}: {error}", file=sys.stderr)
+            return 1
         if new != text:
-            print(f"{args.readme}: a table of it is not what {args.results} says; run python benchmarks/plots.py")
-        return int(new != text)
-    if new != text:
-        write_text(args.readme, new)
+            changed[page] = new
+    if args.check:
+        for page in changed:
+            print(f"{page}: a table of it is not what {args.results} says; run python benchmarks/plots.py")
+        return int(bool(changed))
+    for page, text in changed.items():
+        write_text(page, text)
     for path, result in speed:
         plot_speed(result, path.with_suffix(".png"))
     ops = load(args.results, "ops.json")
     for path, record in ops:
         plot_ops(record, path.with_suffix(".png"))
     print(
-        f"{args.readme}: {len(speed) + len(applied)} files in tables; {len(speed) + len(ops)} plots under {args.results}"
+        f"{' and '.join(map(str, pages))}: {len(speed) + len(applied) + len(many)} files in tables; "
+        f"{len(speed) + len(ops)} plots under {args.results}"
     )
     return 0
 

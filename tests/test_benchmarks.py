@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from difffit_fast import DiT
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--device", "cpu", "--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"]
 
@@ -438,13 +440,44 @@ def apply_result() -> dict:
     }  # fmt: skip
 
 
+def many_result() -> dict:
+    def mode(ms: float, mib: int | None, problem: str | None = None) -> dict:
+        return {
+            "batch_ms": {"median": ms, "p10": ms - 1, "p90": ms + 1}, "samples_per_second": 1.0, "problem": problem,
+            "peak_memory_bytes": mib and mib << 20, "memory_problem": None,
+        }  # fmt: skip
+
+    ratio = lambda r, interval: {  # noqa: E731
+        "ratio": r, "round_p10": r - 0.01, "round_p90": r + 0.01, "interval": interval, "settled": True,
+    }  # fmt: skip
+    return {
+        "complete": True, "device": "NVIDIA Test, 1 threads", "torch": "2.11.0", "date": "2026-01-02T03:04:05+00:00",
+        "width": 384, "depth": 12, "batch_size": 8, "side": 32, "classes": 101, "domains": 8, "rank": 16, "dtype": "bf16",
+        "prediction": {
+            "mixed_flops_times_one": 1.0003, "lora_flops_times_one": 1.05, "mixed_stacked_bytes": 5e6,
+            "mixed_gathered_bytes": 3e6,
+        },
+        "domain_bytes": {"delta": {"disk": 330_000, "memory": 300_000}, "lora": {"disk": 2_000_000, "memory": 1_900_000}},
+        "inference": {
+            "modes": {
+                "one": mode(20.0, 64), "mixed": mode(21.0, 65), "lora": mode(60.0, None, "its output is off by 1.0e-01"),
+            },
+            "ratios": {"mixed": ratio(1.05, [1.04, 1.06])},
+        },
+        "training": {"modes": {"one": mode(50.0, 96), "mixed": mode(52.0, 99)}, "ratios": {"mixed": ratio(1.04, None)}},
+    }  # fmt: skip
+
+
 def test_the_table_and_the_plots_come_from_the_files(load, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     plots = load("plots")
     readme, results = tmp_path / "README.md", tmp_path / "results"
     blocks = "".join(f"<!-- {block}:begin -->\nold\n<!-- {block}:end -->\n" for block in ("apply", "demo", "speed"))
     readme.write_text(f"before\n{blocks}after\n")
-    command = ["--readme", str(readme), "--results", str(results)]
+    page = tmp_path / "docs" / "many.md"
+    page.parent.mkdir()
+    page.write_text("# Many\n<!-- many:begin -->\nold\n<!-- many:end -->\n")
+    command = ["--readme", str(readme), "--docs", str(page.parent), "--results", str(results)]
     assert plots.main(command) == 0
     assert "Not measured yet" in readme.read_text()
     (results / "dev").mkdir(parents=True)
@@ -476,6 +509,28 @@ def test_the_table_and_the_plots_come_from_the_files(load, tmp_path: Path, capsy
     for cell in ("20.0 ms, 64 MiB", "**1.40×** (1.30–1.50), 80 MiB", "(results/dev/apply-bf16.json)"):
         assert f"| {cell} |" in row or cell in row
     assert (results / "dev" / "speed-256px.png").stat().st_size > 1000
+    assert "Not measured yet" in page.read_text() and "old" not in page.read_text()
+    (results / "dev" / "many-bf16.json").write_text(json.dumps(many_result()))
+    (results / "dev" / "many-fp32.json").write_text(json.dumps(many_result() | {"complete": False, "dtype": "fp32"}))
+    before = readme.read_text()
+    assert plots.main([*command, "--check"]) == 1 and "docs/many.md: a table of it" in capsys.readouterr().out
+    assert plots.main(command) == 0 and plots.main([*command, "--check"]) == 0
+    assert readme.read_text() == before and "fp32" not in page.read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.read_text().splitlines() if line.startswith("|")}
+    assert "([2026-01-02](../results/dev/many-bf16.json))" in page.read_text()
+    assert rows["one domain for all samples"].endswith(
+        "| 20.0 ms |  | 64 MiB | 50.0 ms |  | 96 MiB | 0.330 MB | 0.300 MB |"
+    )
+    mixed = (
+        "| 21.0 ms | **1.05** (1.04–1.06) | 65 MiB | 52.0 ms | **1.04** (1.03–1.05) | 99 MiB | 0.330 MB | 0.300 MB |"
+    )
+    assert rows["a domain for each sample"].endswith(mixed)  # without an interval, the 10th and 90th percentile
+    assert rows["PEFT LoRA, rank 16, an adapter for each"].endswith(
+        "| 60.0 ms | its output is off by 1.0e-01 | memory not measured |  |  |  | 2.000 MB | 1.900 MB |"
+    )
+    assert len({line.count("|") for line in rows.values()}) == 1
+    page.write_text("no markers")
+    assert plots.main(command) == 1 and "many.md: expected one line" in capsys.readouterr().err
     readme.write_text("no markers")
     assert plots.main(command) == 1 and "expected one line" in capsys.readouterr().err
 
@@ -575,3 +630,113 @@ def test_a_method_that_computes_something_else_gets_no_ratio(load, monkeypatch) 
     monkeypatch.setattr(apply, "build", off)
     measured = apply.run_model("dit", args, lambda text: None)
     assert "its output is off by" in measured["modes"]["ours"]["problem"] and measured["ratios"] == {}
+
+
+# -- many deltas on one base -----------------------------------------------------------------------------------------
+MANY = [
+    *("--width", "48", "--depth", "2", "--batch-size", "4", "--side", "8", "--classes", "5", "--domains", "3"),
+    *("--rank", "4", "--device", "cpu"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_many_deltas_against_one_merged_models_and_adapters(load, tmp_path: Path, capsys, dtype: str) -> None:
+    many, path = load("many"), tmp_path / "many.json"
+    methods = many.parse(MANY).methods  # without PEFT, without LoRA
+    words = ["--dtype", dtype, "--rounds", "6", "--no-peak", "--json", str(path)]
+    assert many.main([*MANY, *words]) == 0
+    record = json.loads(path.read_text())
+    assert record["complete"] and record["torch"] == torch.__version__ and record["domains"] == 3
+    assert set(record["inference"]["modes"]) == set(methods)
+    assert set(record["training"]["modes"]) == {"one", "own", "mixed", "mixed-strength"}
+    for phase in ("inference", "training"):
+        modes, ratios = record[phase]["modes"], record[phase]["ratios"]
+        assert not any(mode["problem"] for mode in modes.values()) and set(ratios) == set(modes) - {"one"}
+        for name, ratio in ratios.items():
+            assert ratio["ratio"] == modes[name]["batch_ms"]["median"] / modes["one"]["batch_ms"]["median"]
+            assert ratio["interval"][0] <= ratio["interval"][1]
+            assert modes[name]["samples_per_second"] == pytest.approx(4e3 / modes[name]["batch_ms"]["median"])
+    kept, width = record["domain_bytes"], 2 if dtype == "bf16" else 4
+    vectors = record["prediction"]["vector_entries"]
+    # Vectors, class rows, and the row of the base that each goes with.
+    assert kept["delta"]["memory"] == 4 * (vectors + 6 * 48) + 6 * 8
+    assert kept["delta"]["memory"] < kept["delta"]["disk"] < kept["merged"]["disk"]
+    plain = DiT(**load("many_models").shape(many.parse(MANY)))
+    assert kept["merged"]["memory"] == width * sum(t.numel() for t in plain.state_dict().values())
+    if "lora" in methods:
+        in_and_out = (1 + 3) + (1 + 1) + (1 + 4) + (4 + 1)  # of the four linears of a block, in widths
+        assert kept["lora"]["memory"] == width * 4 * 48 * in_and_out * 2
+    assert "× one" in capsys.readouterr().out
+
+
+def test_memory_of_many_is_measured_in_a_process_for_each_method(load) -> None:
+    many = load("many")
+    args = many.parse([*MANY, "--dtype", "fp32", "--methods", "merged", "mixed"])
+    found = {**many.peaks(args, "inference"), "step": many.peaks(args, "training")["mixed"]}
+    assert set(found) == {"merged", "mixed", "step"} and all(said["peak_bytes"] > 1 << 20 for said in found.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("mixed", "its output is off by"),
+        ("merged", "its output is off by"),
+        ("training", "its gradients of d1 are off by"),
+    ],
+)
+def test_a_batch_that_wears_something_else_gets_no_ratio(load, monkeypatch, method: str, said: str) -> None:
+    many = load("many")
+    args = many.parse([*MANY, "--dtype", "fp32", "--rounds", "1", "--no-peak", "--methods", "one", "mixed", "merged"])
+    ours, merged, make_step = many.ours, many.merged, many.make_step
+
+    def other(made, name):  # the last two samples change their domains
+        forward = ours(made, name)
+        if name == "mixed" and method == "mixed":
+            swapped = made.index[[0, 1, 3, 2]]
+            return lambda: made.model(*made.inputs, delta=swapped)
+        return forward
+
+    def late(made, dtype):
+        forward, models = merged(made, dtype)
+        if method == "merged":
+            models[1].final_layer.linear.bias.data.add_(0.1)
+        return forward, models
+
+    def scaled(made, name):
+        step = make_step(made, name)
+        if name == "mixed" and method == "training":
+            made.model.deltas["d1"].vectors.register_hook(lambda g: g * 1.01)
+        return step
+
+    monkeypatch.setattr(many, "ours", other)
+    monkeypatch.setattr(many, "merged", late)
+    monkeypatch.setattr(many, "make_step", scaled)
+    result = many.run(args)
+    phase, name = ("training", "mixed") if method == "training" else ("inference", method)
+    assert said in result[phase]["modes"][name]["problem"] and name not in result[phase]["ratios"]
+    right = {"mixed": "merged", "merged": "mixed", "training": "mixed"}[method]
+    assert result["inference"]["modes"][right]["problem"] is None and right in result["inference"]["ratios"]
+    if method == "mixed":  # and what computes something else is not trained either
+        assert result["training"]["ratios"] == {}
+
+
+def test_domains_that_are_all_alike_prove_nothing(load) -> None:
+    check, rows = load("many_check"), torch.randn(3, 8)
+    near = rows + 1e-6
+    assert check.same(rows, rows, rows.roll(1, 0), 1e-5) is None
+    assert "nothing was compared" in check.same(rows, rows, near, 1e-5)
+    assert "off by inf" in check.same(rows * float("nan"), rows, None, 1e-5)
+    with pytest.raises(SystemExit):
+        load("many").parse([*MANY, "--domains", "5"])
+
+
+def test_adapters_on_other_samples_are_seen(load, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    models, check = load("many_models"), load("many_check")
+    args = load("many").parse([*MANY, "--dtype", "fp32"])
+    made = models.make_many(args, tmp_path)
+    forward, model = models.lora(args, made)
+    assert check.check_outputs(made, {"lora": forward}, model, torch.float32) == {}
+    moved = made.worn[1:] + made.worn[:1]
+    said = check.check_outputs(made, {"lora": lambda: model(*made.inputs, adapter_names=moved)}, model, torch.float32)
+    assert "its output is off by" in said["lora"]
