@@ -43,7 +43,7 @@ demo: $(STAMP)
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 reliability: $(STAMP)
 	$(PY) -m pytest -m reliability $(ARGS)

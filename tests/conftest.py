@@ -27,7 +27,10 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in this hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # for pytest-xdist: fixtures of a file are made once, and so is the interpreter's process
+        item.add_marker(pytest.mark.xdist_group("interpreter" if "interpreter" in item.keywords else item.path.stem))
     if torch.cuda.is_available() and not INTERPRETED:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -108,8 +111,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def _name(item: pytest.Item) -> str:
+    """Without the group that pytest-xdist puts behind it."""
+    return item.nodeid.removesuffix("@interpreter")
+
+
 def _interpret(session: pytest.Session) -> dict[str, dict[str, str]]:
-    names = [item.nodeid for item in session.items if "interpreter" in item.keywords and "gpu" not in item.keywords]
+    wanted = [item for item in session.items if "interpreter" in item.keywords and "gpu" not in item.keywords]
+    names = list(map(_name, wanted))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         run = subprocess.run(
@@ -135,7 +144,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     global _outcomes
     if _outcomes is None:
         _outcomes = _interpret(pyfuncitem.session)
-    here = _outcomes[pyfuncitem.nodeid]
+    here = _outcomes[_name(pyfuncitem)]
     if here["out"]:
         print(here["out"])
     if here["outcome"] == "skipped":

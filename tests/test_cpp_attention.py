@@ -97,7 +97,8 @@ def check(do: Tensor, z: Tensor, vectors: Tensor, heads: int, slack: float = KER
 @pytest.mark.parametrize("d", HEAD_SIZES)
 def test_numbers(d: int, t: int, dtype: torch.dtype) -> None:
     h = 1 if t > 1000 else 2
-    check(*inputs(2, t, h, d, dtype), h)
+    slack = KERNEL_SLACK * (2 if t > 1000 else 1)  # sums of so many terms, in the order of the processor's vectors
+    check(*inputs(2, t, h, d, dtype), h, slack)
 
 
 @DTYPES
