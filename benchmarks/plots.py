@@ -178,7 +178,7 @@ def _many_cells(phase: dict[str, Any], name: str) -> list[str]:
     says = row["problem"] or ""
     if ratio:
         low, high = ratio["interval"] or (ratio["round_p10"], ratio["round_p90"])
-        says = f"**{ratio['ratio']:.2f}** ({low:.2f}–{high:.2f})"
+        says = f"**{ratio['round_median']:.2f}** ({low:.2f}–{high:.2f})"
     return [f"{row['batch_ms']['median']:.1f} ms", says, _mebibytes(phase["modes"], name)]
 
 

@@ -114,7 +114,7 @@ def test_every_snippet_of_the_page_on_many_domains(tmp_path: Path, monkeypatch: 
             made.save_delta(tmp_path / "domains" / f"{name}.safetensors", delta=name)
     monkeypatch.setattr(torch, "compile", lambda model: model)  # no compiler is needed here: compiled in test_deltas.py
     known: dict[str, Any] = {"loader": Letters()}
-    assert run("many.md", known) == 6
+    assert run("many.md", known) == 7
     model, image, other = known["model"], known["image"].result(), known["other"].result()
     assert model.deltas.names == ["digits", "hand", "capitals", "small"] and not model.training
     assert {"copy.safetensors", "merged.pt", "capitals.safetensors"} <= {path.name for path in tmp_path.iterdir()}
