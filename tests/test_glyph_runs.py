@@ -24,6 +24,7 @@ pytest.importorskip("matplotlib")
 
 import base  # noqa: E402
 import domains  # noqa: E402
+import guidance  # noqa: E402
 import plan as planning  # noqa: E402
 from alphabet import LETTERS, Glyphs  # noqa: E402
 from reporting import Results  # noqa: E402
@@ -166,3 +167,31 @@ def test_few_are_drawn_by_the_seed() -> None:
     everything = glyphs(["hand-400", "quill-400"])
     first, again, other = (domains.thinned(everything, 20, seed) for seed in (1000, 1000, 1001))
     assert torch.equal(first.images, again.images) and not torch.equal(first.labels, other.labels) and len(first) == 20
+
+
+# -- guidance ----------------------------------------------------------------------------------------------------------
+GUIDED = yaml.safe_load((GLYPHS / "guidance.yaml").read_text(encoding="utf-8"))
+
+
+def test_guidance_is_reported_with_who_wins(tmp_path: Path) -> None:
+    pairs = list(guidance.combinations(GUIDED))
+    assert pairs[0] == ("none", 1.0) and len(pairs) == len(set(pairs)) == 1 + 2 * (len(GUIDED["scales"]) - 1)
+    results, page = Results(tmp_path / "guidance.jsonl"), tmp_path / "page.md"
+    page.write_text("<!-- guidance: begin -->\n<!-- guidance: end -->\n")
+    with pytest.raises(DiffFitError, match="there are no samples to report yet"):
+        guidance.write(GUIDED, "base", results, tmp_path, page)
+    better = {"handwriting": "source", "blackletter": "cfg", "inline": None}
+    for seed in GUIDED["seeds"][:3]:
+        for domain in GUIDED["domains"]:
+            spec = guidance.spec_of(GUIDED, "base", domain, seed)
+            for kind, scale in pairs:
+                distance = 20 + abs(scale - 2) - 5 * (kind == better[domain]) + 0.1 * seed * (1 + (kind == "cfg"))
+                measures = {"frechet": distance, "letters": 0.8, "style": None, "memorised": 0.0}
+                key = guidance.key_of_samples(spec, kind, scale)
+                results.add({"key": key, "domain": domain, "seed": seed, "kind": kind, "scale": scale, **measures})
+    guidance.write(GUIDED, "base", results, tmp_path, page)
+    text = page.read_text()
+    assert "handwriting: guidance from the base (2) is better" in text
+    assert "blackletter: guidance from the base (2) is worse" in text
+    assert "inline: guidance from the base (2) cannot be told apart" in text
+    assert (tmp_path / "guidance.png").stat().st_size > 10_000 and "| from the base | 5 |" in text

@@ -35,7 +35,7 @@ import torch
 import yaml
 from alphabet import LETTERS, family_of, load
 from domains import HERE, Bench, save_strip
-from measures import Instrument, letters_read, memorised
+from measures import READER, Instrument, letters_read, memorised
 from PIL import Image
 from plan import make_spec
 from reporting import save_figure, table
@@ -78,7 +78,7 @@ def pack(checkpoint: Path, out: Path) -> None:
 # -- the gate ----------------------------------------------------------------------------------------------------------
 def measure(path: Path, curve: list[dict[str, Any]], data: Path, strips: Path) -> dict[str, Any]:
     """Every number of the gate, of the base in ``path``; lines of samples go into the folder ``strips``."""
-    instrument = Instrument(data / "reader.safetensors")
+    instrument = Instrument(READER)
     model = load_model(str(path)).model.eval()
     train, val = load(data / "base" / "train"), load(data / "base" / "val")
     labels = torch.arange(len(LETTERS)).repeat(SAMPLING["images"] // len(LETTERS))

@@ -5,7 +5,7 @@
     python experiments/glyphs/domains.py --data DIR --budget-seconds 600  start no run after ten minutes; call it again to go on
     python experiments/glyphs/domains.py --report                         only make tables, plots and the page anew
 
-``DIR`` is what ``render.py`` made, with the measuring instrument that ``reader.py`` trains from it. A run adapts the base to a
+``DIR`` is what ``render.py`` made; the measuring instrument is the reader that comes with the demo. A run adapts the base to a
 few images by ``difffit_fast.train.Trainer``, and measures it on families of that style that nothing else has seen: the loss,
 letters and style as the reader sees them, the Fréchet distance in its features, how many samples are copies, and the loss on the
 base's own domain. Its result, with its whole configuration, is one line of ``docs/experiments/glyphs.jsonl``; a run whose line
@@ -33,7 +33,7 @@ import torch
 import yaml
 from alphabet import ALPHABETS, Glyphs, load
 from domains_report import file_name
-from measures import Instrument
+from measures import READER, Instrument
 from plan import Spec, chosen, comparison_specs, key_of, tuning_specs
 from reporting import Results
 from torch import Tensor, nn
@@ -106,7 +106,8 @@ class Bench:
 
     def __init__(self, base: str, data: Path, device: str) -> None:
         self.base, self.data, self.device = base, data, device
-        self.instrument = Instrument(data / "reader.safetensors")
+        self.instrument = Instrument(READER)
+        self.reader = sha256(READER)
         self.own = thinned(load(data / "base" / "val"), MOST_WATCHED, 0)
 
     def run(self, spec: Spec, folder: Path, pictures: Path | None) -> dict[str, Any]:
@@ -132,6 +133,7 @@ class Bench:
             "difffit_fast": __version__,
             "machine": platform.machine(),
             "device": self.device,
+            "reader": self.reader,
         }
         return {**result, "seconds": round(time.perf_counter() - start, 1), "made_with": where}
 
@@ -260,7 +262,7 @@ def run_all(plan: Spec, results: Results, args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder that render.py and reader.py wrote")
+    parser.add_argument("--data", type=Path, help="folder that render.py wrote")
     parser.add_argument("--base", default="glyphs", help="the base (default: the one of the package)")
     parser.add_argument("--plan", type=Path, default=HERE / "domains.yaml", help="settings of all runs")
     parser.add_argument("--results", type=Path, default=DOCS / "experiments", help="folder of results and plots")
@@ -279,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         results = Results(args.results / "glyphs.jsonl")
         if not args.report:
             if args.data is None:
-                raise DiffFitError("--data is needed: the folder that render.py and reader.py wrote")
+                raise DiffFitError("--data is needed: the folder that render.py wrote")
             if not run_all(plan, results, args):
                 print("the time is up; the same command goes on from here")
         base = sha256(model_path(args.base))

@@ -20,6 +20,9 @@ from difffit_fast.diffusion import create_diffusion
 from difffit_fast.errors import DiffFitError
 from difffit_fast.evaluate import RunningStatistics, frechet_distance
 
+READER = (
+    Path(__file__).resolve().parents[2] / "examples" / "hand" / "reader.safetensors"
+)  # as reader.py and hand.py made it
 RARE = 0.01  # share of real glyphs that may pass for copies
 NOTHING = 1e-5  # a distance that rounding may make of zero
 

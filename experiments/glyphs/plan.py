@@ -69,19 +69,21 @@ def _care(shown: int | str) -> str:
 def comparison_specs(plan: Spec, base: str, best: Chosen) -> Iterator[Spec]:
     """The parts of the comparison in their order, each seed by seed, so that what is interrupted is whole as far as it got."""
     seen = set()
-    for part in plan["comparison"]:
-        shown = part["shown"]
-        for seed in plan["seeds"]:
-            for domain in part["domains"]:
-                where = f"half of {domain}" if shown == "half" else domain
-                care = _care(shown)
-                for name in ("none", *part["methods"]):
-                    if name == "none":
-                        spec = make_spec(plan, base, name, where, shown, seed, 0.0, 0)
-                    elif (name, care) in best:
-                        spec = make_spec(plan, base, name, where, shown, seed, *best[name, care])
-                    else:
-                        continue
+    first = plan["first_seeds"]
+    for seeds in (plan["seeds"][:first], plan["seeds"][first:]):
+        for part in plan["comparison"]:
+            for seed in seeds:
+                for spec in _part(plan, base, best, part, seed):
                     if (key := key_of(spec)) not in seen:
                         seen.add(key)
                         yield spec
+
+
+def _part(plan: Spec, base: str, best: Chosen, part: Spec, seed: int) -> Iterator[Spec]:
+    shown, care = part["shown"], _care(part["shown"])
+    for domain in part["domains"]:
+        where = f"half of {domain}" if shown == "half" else domain
+        yield make_spec(plan, base, "none", where, shown, seed, 0.0, 0)
+        for name in part["methods"]:
+            if (name, care) in best:
+                yield make_spec(plan, base, name, where, shown, seed, *best[name, care])
