@@ -34,7 +34,7 @@ import yaml
 from alphabet import ALPHABETS, Glyphs, load
 from domains_report import file_name
 from measures import READER, Instrument
-from plan import Spec, chosen, comparison_specs, key_of, tuning_specs
+from plan import Spec, care_of, chosen, comparison_specs, key_of, tuning_specs
 from reporting import Results
 from torch import Tensor, nn
 
@@ -224,8 +224,14 @@ def _run(spec: Spec, cache: Path, pictures: bool) -> dict[str, Any]:
 
 
 def stages(plan: Spec, base: str, results: Results) -> Iterator[list[Spec]]:
-    """The runs of each stage; the second knows what the first has chosen."""
-    yield list(tuning_specs(plan, base))
+    """The runs of each stage, which knows what those before it have chosen: by number of images, tuning and the first seeds;
+    then the other seeds."""
+    tuning = list(tuning_specs(plan, base))
+    first = plan["seeds"][: plan["first_seeds"]]
+    for shown in plan["tuning"]["shown"]:
+        yield [spec for spec in tuning if spec["shown"] == shown]
+        specs = comparison_specs(plan, base, chosen(plan, base, results))
+        yield [spec for spec in specs if care_of(spec["shown"]) == str(shown) and spec["seed"] in first]
     yield list(comparison_specs(plan, base, chosen(plan, base, results)))
 
 

@@ -35,7 +35,7 @@ def make_spec(
 def tuning_specs(plan: Spec, base: str) -> Iterator[Spec]:
     """The runs that choose rate and length, of what is compared; they are not sampled from."""
     tuning = plan["tuning"]
-    wanted = {(name, _care(part["shown"])) for part in plan["comparison"] for name in part["methods"]}
+    wanted = {(name, care_of(part["shown"])) for part in plan["comparison"] for name in part["methods"]}
     for shown in tuning["shown"]:
         for name, method in plan["methods"].items():
             tuned = method.get("care") != "none" and (name, str(shown)) in wanted
@@ -61,7 +61,7 @@ def chosen(plan: Spec, base: str, results: Results) -> Chosen:
     return best
 
 
-def _care(shown: int | str) -> str:
+def care_of(shown: int | str) -> str:
     """For how many images the rate and length are chosen that are used with so many: half an alphabet is about 20."""
     return "20" if shown == "half" else str(shown)
 
@@ -69,21 +69,18 @@ def _care(shown: int | str) -> str:
 def comparison_specs(plan: Spec, base: str, best: Chosen) -> Iterator[Spec]:
     """The parts of the comparison in their order, each seed by seed, so that what is interrupted is whole as far as it got."""
     seen = set()
-    first = plan["first_seeds"]
-    for seeds in (plan["seeds"][:first], plan["seeds"][first:]):
-        for part in plan["comparison"]:
-            for seed in seeds:
-                for spec in _part(plan, base, best, part, seed):
+    for part in plan["comparison"]:
+        shown, care = part["shown"], care_of(part["shown"])
+        for seed in plan["seeds"]:
+            for domain in part["domains"]:
+                where = f"half of {domain}" if shown == "half" else domain
+                for name in ("none", *part["methods"]):
+                    if name == "none":
+                        spec = make_spec(plan, base, name, where, shown, seed, 0.0, 0)
+                    elif (name, care) in best:
+                        spec = make_spec(plan, base, name, where, shown, seed, *best[name, care])
+                    else:
+                        continue
                     if (key := key_of(spec)) not in seen:
                         seen.add(key)
                         yield spec
-
-
-def _part(plan: Spec, base: str, best: Chosen, part: Spec, seed: int) -> Iterator[Spec]:
-    shown, care = part["shown"], _care(part["shown"])
-    for domain in part["domains"]:
-        where = f"half of {domain}" if shown == "half" else domain
-        yield make_spec(plan, base, "none", where, shown, seed, 0.0, 0)
-        for name in part["methods"]:
-            if (name, care) in best:
-                yield make_spec(plan, base, name, where, shown, seed, *best[name, care])
