@@ -70,7 +70,7 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
 
     Sizes are those of a small batch: they decide the grid, which is not used, and no constant of a kernel.
     """
-    from difffit_fast.kernels import adaln, attention, colsum, frozen_mlp, modulation, residual
+    from difffit_fast.kernels import adaln, attention, colsum, eight_bit, frozen_mlp, modulation, residual
 
     B, T = 2, 256
     M, N = B * T, 4 * dim
@@ -115,6 +115,13 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "gelu_forward, a bias each": lambda: frozen_mlp.gelu_forward(u, biases),
         "gelu_backward, a bias each": lambda: frozen_mlp.gelu_backward(u, u, biases),
         "colsum": lambda: colsum.colsum(u),
+        "quantize_int8": lambda: eight_bit.quantize_int8(h.view(M, dim), True),
+        "quantize_int8, of fc2": lambda: eight_bit.quantize_int8(u, True),
+        "quantize_fp8": lambda: eight_bit.quantize_fp8(h.view(M, dim), False),
+        "quantize_fp8, of fc2": lambda: eight_bit.quantize_fp8(u, False),
+        "rescale": lambda: eight_bit.rescale(
+            torch.empty(M, N, dtype=torch.int32), torch.empty(M), torch.empty(N), None, h_dtype
+        ),
         "modulation_forward": lambda: modulation.modulation_forward(m, of_m, norm, per_branch, per_branch),
         "modulation_backward": lambda: modulation.modulation_backward(planes, m, of_m, norm, per_branch, per_branch),
         "scale_qkv": lambda: attention.scale_qkv(z, packed[3]),
@@ -136,14 +143,16 @@ def compiled(arch: int, call: Callable[[], Any]) -> list[Any]:
     """The kernels that ``call`` would launch on ``arch``, compiled, in order."""
     from triton.runtime.driver import driver
 
-    from difffit_fast.kernels import adaln, attention, colsum, config, frozen_mlp, modulation, residual, sums
+    from difffit_fast.kernels import adaln, attention, colsum, config, eight_bit, frozen_mlp, modulation, residual, sums
 
     found: list[Any] = []
 
     def compile_instead(kernel: Any, programs: int, device: Any, *args: Any, **constants: Any) -> None:
         found.append(kernel.run(*args, grid=(programs,), warmup=True, **constants))
 
-    modules = [m for m in (adaln, attention, colsum, frozen_mlp, modulation, residual, sums) if hasattr(m, "launch")]
+    modules = [
+        m for m in (adaln, attention, colsum, eight_bit, frozen_mlp, modulation, residual, sums) if hasattr(m, "launch")
+    ]
     saved = [(m, name, getattr(m, name)) for m in modules for name in ("launch", "architecture") if hasattr(m, name)]
     active = driver._active
     driver.set_active(_Driver(arch))

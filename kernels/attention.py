@@ -41,7 +41,7 @@ import triton.language as tl
 
 from .config import AttentionPlan, architecture, attention_plan, chunks_of, launch, tile_plan, vector
 from .sums import finish
-from .tiles import _CUTS_OFF, load_stack, narrow, store_stack
+from .tiles import CUTS_OFF, load_stack, narrow, store_stack
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -60,7 +60,7 @@ def _rounded(value, dtype: tl.constexpr):
     Triton's interpreter would multiply the bits of bfloat16, so operands are widened there once they are rounded.
     """
     value = narrow(value, dtype)
-    if _CUTS_OFF:
+    if CUTS_OFF:
         value = value.to(tl.float32)
     return value
 
@@ -79,7 +79,7 @@ def _load_tile(
         tile = tl.load(ptr + at, mask=(cols < HD)[None, :], other=0.0, cache_modifier=WHEN)
     else:
         tile = tl.load(ptr + at, mask=(rows < count)[:, None] & (cols < HD)[None, :], other=0.0, cache_modifier=WHEN)
-    if _CUTS_OFF:
+    if CUTS_OFF:
         tile = tile.to(tl.float32)
     return tile
 
@@ -493,7 +493,7 @@ def head_tiles(head_dim: int) -> tuple[int, ...]:
 def _constants(T: int, H: int, HD: int, R: int, plan: AttentionPlan) -> dict[str, object]:
     return dict(
         H=H, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3, BM=plan.rows, BN=plan.cols,
-        STEPS=-(-T // plan.cols) if _CUTS_OFF else 0, EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
+        STEPS=-(-T // plan.cols) if CUTS_OFF else 0, EVEN_M=T % plan.rows == 0, EVEN_N=T % plan.cols == 0,
         STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
 

@@ -87,6 +87,9 @@ _MODULATION = {INTERPRETER: (8, 512, 4), 80: (8, 128, 4), 90: (8, 128, 4), 100: 
 _FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 120: (4096, 4)}
 
 
+# Rotating rows, a program each: rows, columns of a piece, warps. Of narrower pieces Triton makes code that spills.
+_ROTATION = {INTERPRETER: (16, 512, 4), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8), 120: (1, 2048, 8)}
+
 # Attention kernels, for heads of up to so many channels: rows of the block that a program owns, rows of a block that it walks
 # over, warps, stages of the pipeline that loads those. Long blocks of a program's own are worth their registers, since all
 # that streams past is read once for each of them; but two programs or more on a multiprocessor come first, for there are few
@@ -123,6 +126,15 @@ def row_plan(kernel: str, arch: int, D: int, vector: int) -> Plan:
     piece = max(piece, 32 * vector)
     wanted = programs[_ROW_KERNELS.index(kernel)] * _MULTIPROCESSORS[arch]
     return Plan(rows=rows, cols=piece, stack=1, warps=piece // (32 * vector), programs=wanted)
+
+
+@cache
+def quantize_plan(arch: int, D: int, vector: int, turn: bool) -> Plan:
+    """Plan of the kernel that quantizes rows of width D, rotated or not."""
+    if turn:
+        rows, cols, warps = _ROTATION[arch]
+        return Plan(rows, cols, 1, warps, 0)
+    return row_plan("adaln_forward", arch, D, vector)
 
 
 @cache

@@ -17,14 +17,14 @@ import os
 import triton
 import triton.language as tl
 
-# Triton's interpreter cuts float32 off to bfloat16 where every device rounds to nearest.
-_CUTS_OFF = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Triton's interpreter cuts float32 off to bfloat16 and float8 where every device rounds to nearest.
+CUTS_OFF = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
     """float32 rounded to the nearest value of ``dtype``, ties to even."""
-    if _CUTS_OFF and dtype == tl.bfloat16:
+    if CUTS_OFF and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return value.to(dtype)

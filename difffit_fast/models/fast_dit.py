@@ -30,14 +30,17 @@ from ..ops._register import autocast_on
 from ..ops.adaln import adaln
 from ..ops.attention import BACKENDS
 from ..ops.block import block as run_block
+from ..ops.eight_bit import eight_bit_of
 from ..ops.frozen_linear import frozen_linear
 from ..ops.weights import keep_layout, lay_together
+from . import frozen_dtype as frozen_dtypes
 from .adapt import TABLE
 from .checkpoint import ModelFile, model_of, read_model
 from .delta import load_delta, save_delta
 from .deltas import OWN, Base, Delta, Deltas, Own, Strength, Wearing, add_delta, load_deltas
 from .difffit import DiffFitConfig, is_extra
 from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, published, timestep_embedding, transformed
+from .frozen_dtype import check_frozen_dtype, chosen
 from .merge import merge
 from .plain_difffit import PlainDiffFitDiT
 from .vectors import Vectors, block_biases, join_vectors, modulation_linears, own_vectors, proj_weights
@@ -51,6 +54,9 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         compute_dtype: dtype of the frozen weights and of the branches, e.g. ``torch.bfloat16``. Trainable parameters and
             the residual stream stay float32. None: the parameters' dtype, or autocast's where it is on.
         attention: "auto" or a backend of :mod:`difffit_fast.ops.attention`.
+        frozen_dtype: of the products with the blocks' frozen weights: "bf16" (as ``compute_dtype`` says), "fp8" or "int8" (see
+            :mod:`difffit_fast.ops.eight_bit`), or "auto", what is fastest on the device. The parameters stay what they are.
+        frozen_keep: linears of the blocks that stay out of it, by name or pattern: ``("*.fc2", "blocks.0")``.
 
     Keys and shapes are those of the public DiT; extra keys are γ (``blocks.i.gamma1``, ``blocks.i.gamma2``,
     ``blocks.i.attn.gamma1``, ``blocks.i.attn.gamma2``) and LayerNorm's ``weight`` and ``bias``. A state dict without them
@@ -63,6 +69,8 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         difffit: str | DiffFitConfig = "paper",
         compute_dtype: torch.dtype | None = None,
         attention: str = "auto",
+        frozen_dtype: str = "bf16",
+        frozen_keep: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, difffit=difffit, **kwargs)
@@ -74,6 +82,10 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             raise DiffFitError(f"compute_dtype must be a floating dtype of at least 16 bits; got {compute_dtype}")
         self.compute_dtype = compute_dtype
         self.attention = attention
+        check_frozen_dtype(frozen_dtype, compute_dtype)
+        self.frozen_dtype, self.frozen_keep = frozen_dtype, tuple(frozen_keep)
+        chosen(self, self.frozen_keep)
+        self._eight_bit_problem: str | None = None
         self._said: str | None = None
         self.deltas = Deltas()
         self._narrow()
@@ -99,7 +111,24 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         if self.as_built.other_model() is None:
             lay_together([linear.weight for linear in modulation_linears(self)])
             lay_together(proj_weights(self))
-            keep_layout(w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight))
+            self._eight_bit_problem = frozen_dtypes.arrange(self)
+            weights = [w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight)]
+            keep_layout(w for w in weights if eight_bit_of(w) is None)
+
+    def set_frozen_dtype(self, frozen_dtype: str, keep: Sequence[str] = ()) -> None:
+        """Multiply by the frozen weights in another dtype from now on; arguments as ``frozen_dtype`` and ``frozen_keep``.
+
+        Raises:
+            DiffFitError: no such dtype or linear. What the device does not have is told by the first product.
+        """
+        check_frozen_dtype(frozen_dtype, self.compute_dtype)
+        chosen(self, keep)
+        self.frozen_dtype, self.frozen_keep = frozen_dtype, tuple(keep)
+        self._arrange()
+
+    def eight_bit_report(self) -> dict[str, dict[str, Any]]:
+        """Of each linear of the blocks, whether it is multiplied in eight bits, and its error: :func:`.frozen_dtype.report`."""
+        return frozen_dtypes.report(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastDiffFitDiT:
         super()._apply(fn, recurse)
@@ -228,6 +257,8 @@ class FastDiffFitDiT(PlainDiffFitDiT):
 
     def _forward(self, x: Tensor, t: Tensor, vectors: Vectors, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """``rows``: of the class table, (N, D)."""
+        if self.frozen_dtype != "bf16":
+            self._check_eight_bit(dtype)
         in_dtype, stream = x.dtype, torch.float64 if dtype == torch.float64 else torch.float32
         biases = block_biases(self, vectors, dtype)
         condition = self._time(t, vectors, dtype) + rows
@@ -244,6 +275,17 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             )  # fmt: skip
         last = self.final_layer.linear.weight.to(dtype)
         return self.output(_linear(h, last, vectors.last)).to(in_dtype)
+
+    def _check_eight_bit(self, dtype: torch.dtype) -> None:
+        problem, weight = self._eight_bit_problem, self.blocks[0].attn.qkv.weight
+        if problem is not None:
+            frozen_dtypes.complain(self, problem)
+            self._eight_bit_problem = None
+        if weight.dtype != dtype:
+            raise DiffFitError(
+                f"frozen_dtype={self.frozen_dtype!r} quantizes the weights as they are, {weight.dtype}, and {dtype} is computed "
+                f"with; give compute_dtype={dtype}, without autocast"
+            )
 
     def _patchify(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, C·p·p), in the order of the flattened weight of a strided convolution."""

@@ -22,6 +22,7 @@ from .. import _ext
 from ..errors import DiffFitError
 from ._register import check_frozen, register, rows, wide
 from .dispatch import cpp_ops, pick
+from .eight_bit import eight_bit_of
 from .gemm import check_operands, dgrad, linear
 from .linear_gelu import dgelu_dgrad, linear_gelu
 from .weights import has_layout
@@ -79,7 +80,13 @@ def in_pieces(h: Tensor, w1: Tensor) -> bool:
     By the machine, not by the clock: a run that goes on on the same machine computes the same bits.
     """
     asked = _asked()
-    if asked == "products" or h.device.type != "cpu" or h.dtype != torch.float32 or 0 in w1.shape:
+    if (
+        eight_bit_of(w1) is not None
+        or asked == "products"
+        or h.device.type != "cpu"
+        or h.dtype != torch.float32
+        or 0 in w1.shape
+    ):
         return False
     if w1.shape[0] % _GRANULE or w1.shape[1] % _GRANULE or pick("frozen_mlp", gelu_forward, h) is gelu_forward:
         return False

@@ -2,7 +2,7 @@
 
 Operands are 2-D (B·T flattened). On a CPU without bf16 (or fp16) matrix instructions PyTorch's half-precision products
 run ten to fifty times slower than float32 ones, so there the operands are widened, multiplied in float32 and rounded once:
-the same result, or a better one.
+the same result, or a better one. Weights of which :mod:`.eight_bit` keeps copies are multiplied by those.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._devices import cpu_has_fast
+from .eight_bit import eight_bit_of, multiply
 from .weights import layout_of
 
 
@@ -21,6 +22,13 @@ def widen(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K) times weight (N, K) transposed, plus bias (N): (M, N) in the dtype of x."""
+    kept = eight_bit_of(weight)
+    if kept is not None:
+        return multiply(x, weight, kept, bias, False, lambda: _linear(x, weight, bias))
+    return _linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if widen(x):
         x32, w32 = x.float(), weight.float()
         out = torch.mm(x32, w32.t()) if bias is None else torch.addmm(bias.float(), x32, w32.t())
@@ -36,6 +44,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """dy (M, N) times weight (N, K): the gradient of the input of ``linear``, (M, K)."""
+    kept = eight_bit_of(weight)
+    if kept is not None:
+        return multiply(dy, weight, kept, None, True, lambda: _dgrad(dy, weight))
+    return _dgrad(dy, weight)
+
+
+def _dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     if widen(dy):
         return torch.mm(dy.float(), weight.float()).to(dy.dtype)
     return torch.mm(dy, weight)

@@ -32,6 +32,7 @@ from .. import _ext
 from .._rooms import kernels_mode
 from ..errors import DiffFitError
 from .dispatch import apart, cuda_ops
+from .eight_bit import eight_bit_of
 from .gemm import dgrad, linear
 from .probe import Chooser, Decision
 
@@ -112,6 +113,8 @@ def linear_gelu(h: Tensor, w1: Tensor, b1: Tensor, gelu_forward: Callable[[Tenso
     def fused() -> tuple[Tensor, Tensor]:
         return cuda_ops().linear_gelu(_aligned(h), _aligned(w1), _aligned(b1.to(h.dtype)), _may_tune())
 
+    if eight_bit_of(w1) is not None:  # cuBLASLt has no epilogue of these with scales
+        return unfused()
     return fused() if choose("linear_gelu", h, N, K, fused, unfused) == FUSED else unfused()
 
 
@@ -137,6 +140,8 @@ def dgelu_dgrad(
     def fused() -> tuple[Tensor, Tensor]:
         return cuda_ops().dgelu_dgrad(_aligned(dbranch), _aligned(w2), _aligned(u), _may_tune())
 
+    if eight_bit_of(w2) is not None:
+        return unfused()
     return fused() if choose("dgelu_dgrad", dbranch, N, D, fused, unfused) == FUSED else unfused()
 
 

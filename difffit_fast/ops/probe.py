@@ -11,6 +11,7 @@ import contextlib
 import math
 import statistics
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -133,10 +134,16 @@ class Chooser:
 
 
 def time_once(call: Callable[[], Any], device: torch.device) -> float:
-    """Mean time of :data:`REPEATS` calls in a row on the current stream of ``device``, in microseconds (CUDA events).
+    """Mean time of :data:`REPEATS` calls in a row on the current stream of ``device``, in microseconds.
 
-    The device is kept busy while the calls are enqueued, so that short kernels are timed and not the host.
+    CUDA events tell it, and the device is kept busy while the calls are enqueued, so that short kernels are timed and not the
+    host; on a CPU the clock does.
     """
+    if device.type == "cpu":
+        began = time.perf_counter()
+        for _ in range(REPEATS):
+            call()
+        return (time.perf_counter() - began) * 1e6 / REPEATS
     with torch.cuda.device(device):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         busy = getattr(torch.cuda, "_sleep", None)
