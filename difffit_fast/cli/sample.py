@@ -19,6 +19,7 @@ from .._processes import World
 from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.delta import read_delta
+from ..models.frozen_dtype import FROZEN_DTYPES, patterns, summary
 from ..models.sizes import model_name
 from ..sample.guidance import EVERYWHERE, KINDS
 from ..sample.sampler import SAMPLERS, SAMPLERS_OF
@@ -90,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample-dir", default="samples", help="where the folder of PNG files is made")
     add("--per-proc-batch-size", type=int, default=32, help="images at a time in each process")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the model")
+    add(
+        "--frozen-dtype",
+        choices=FROZEN_DTYPES,
+        default="bf16",
+        help="products of the blocks' weights: bf16 (as --precision says), fp8, int8, or auto, what is fastest on the device",
+    )
+    add("--frozen-keep", default="", help="linears that stay out of it, with commas: *.fc2,blocks.0")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
@@ -182,11 +190,11 @@ def _beside(args: argparse.Namespace, deltas: Mapping[str, Path]) -> bool:
 
 
 def _make_sampler(args: argparse.Namespace, deltas: Mapping[str, Path], device: torch.device) -> Any:
-    from ..models.load import load_model
+    from ..models.load import in_eight_bit, load_model
     from ..sample import Sampler
 
     bf16 = torch.bfloat16 if args.precision == "bf16" else None
-    beside = _beside(args, deltas)
+    beside, eight_bit = _beside(args, deltas), args.frozen_dtype != "bf16"
     loaded = load_model(
         args.ckpt,
         deltas if beside else next(iter(deltas.values()), None),
@@ -197,6 +205,8 @@ def _make_sampler(args: argparse.Namespace, deltas: Mapping[str, Path], device: 
         num_classes=args.num_classes,
         image_size=args.image_size,
         compute_dtype=bf16 if not args.merge else None,
+        frozen_dtype=args.frozen_dtype if not args.merge else "bf16",
+        frozen_keep=patterns(args.frozen_keep),
         device=device,
     )
     model, class_names = loaded.model, loaded.class_names
@@ -204,6 +214,10 @@ def _make_sampler(args: argparse.Namespace, deltas: Mapping[str, Path], device: 
         ((name, strength),) = (_strengths(args, list(deltas)) or {}).items()
         class_names = model.deltas[name].class_names
         model = model.merge(delta=name, strength=strength)
+    if eight_bit:
+        if args.merge:
+            model = in_eight_bit(model, args.frozen_dtype, patterns(args.frozen_keep), bf16)
+        print(summary(model.eight_bit_report()), file=sys.stderr)
     _, sampler_name = _objective(args, loaded.objective)
     sampler = Sampler(
         model,
@@ -218,7 +232,7 @@ def _make_sampler(args: argparse.Namespace, deltas: Mapping[str, Path], device: 
         rtol=args.rtol,
         atol=args.atol,
         batch_size=args.per_proc_batch_size,
-        autocast=bf16 if not deltas or args.merge else None,
+        autocast=bf16 if not eight_bit and (not deltas or args.merge) else None,
         class_names=class_names,
         progress=args.num_fid_samples is None,
     )

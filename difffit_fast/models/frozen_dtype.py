@@ -28,6 +28,11 @@ def check_frozen_dtype(frozen_dtype: str, compute_dtype: torch.dtype | None) -> 
         raise DiffFitError(f"frozen_dtype={frozen_dtype!r} has no more than 8 bits; float64 was asked for")
 
 
+def patterns(text: str) -> tuple[str, ...]:
+    """``frozen_keep`` as a command line has it: with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     """The blocks' linears by name."""
     for i, block in enumerate(model.blocks):
@@ -89,7 +94,13 @@ def complain(model: Any, problem: str) -> None:
 
 def report(model: Any) -> dict[str, dict[str, Any]]:
     """What has become of each of the blocks' weights, by name: ``kind`` ("int8", "fp8", or None in the compute dtype) and, where
-    it was quantized, the relative ``error`` of that."""
+    it was quantized, the relative ``error`` of that.
+
+    Raises:
+        DiffFitError: a dtype that was asked for by name is not to be had from the device.
+    """
+    if model._eight_bit_problem is not None:
+        complain(model, model._eight_bit_problem)
     found: dict[str, dict[str, Any]] = {}
     for name, linear in linears(model):
         kept = eight_bit_of(linear.weight)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def load_model(
     num_classes: int | None = None,
     image_size: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    frozen_dtype: str = "bf16",
+    frozen_keep: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """Load ``ckpt``, or ``ckpt`` with ``delta`` applied on the fly (``merge=True``: folded into an ordinary DiT first).
@@ -68,7 +70,10 @@ def load_model(
         num_classes: that the model should have.
         image_size: pixels; another one than a checkpoint's makes a new positional table in scaled coordinates; with a
             delta it must be the delta's.
-        compute_dtype: of the frozen weights, with a delta that is not merged.
+        compute_dtype: of the frozen weights, with a delta that is not merged, or with ``frozen_dtype``.
+        frozen_dtype: "fp8", "int8" or "auto": products of the blocks in eight bits, as of
+            :class:`~difffit_fast.models.fast_dit.FastDiffFitDiT`, which any model then is.
+        frozen_keep: linears that stay out of it.
 
     Raises:
         DiffFitError: a file is missing, unreadable, no DiT, contradicts what was asked for, or does not belong to the other.
@@ -76,7 +81,38 @@ def load_model(
     if isinstance(delta, Mapping):
         if merge:
             raise DiffFitError("deltas beside each other cannot be merged into one model; load one, and merge it")
-        return _load_deltas(ckpt, delta, weights, name, num_heads, num_classes, image_size, compute_dtype, device)
+        found = _load_deltas(ckpt, delta, weights, name, num_heads, num_classes, image_size, compute_dtype)
+    else:
+        found = _load_one(ckpt, delta, merge, weights, name, num_heads, num_classes, image_size, compute_dtype)
+    model = (
+        found.model if frozen_dtype == "bf16" else in_eight_bit(found.model, frozen_dtype, frozen_keep, compute_dtype)
+    )
+    return replace(found, model=model.to(device).eval())
+
+
+def in_eight_bit(
+    model: DiT, frozen_dtype: str, frozen_keep: Sequence[str], compute_dtype: torch.dtype | None
+) -> FastDiffFitDiT:
+    """The model, or one made of it, whose products are those of ``frozen_dtype``."""
+    if not isinstance(model, FastDiffFitDiT):
+        model = (
+            FastDiffFitDiT.from_dit(model, compute_dtype=compute_dtype).to(model.pos_embed.device).train(model.training)
+        )
+    model.set_frozen_dtype(frozen_dtype, frozen_keep)
+    return model
+
+
+def _load_one(
+    ckpt: str | os.PathLike[str] | None,
+    delta: str | os.PathLike[str] | None,
+    merge: bool,
+    weights: str,
+    name: str | None,
+    num_heads: int | None,
+    num_classes: int | None,
+    image_size: int | None,
+    compute_dtype: torch.dtype | None,
+) -> LoadedModel:
     if delta is None:
         if ckpt is None:
             raise DiffFitError("nothing to load: give a checkpoint, or a delta")
@@ -95,7 +131,7 @@ def load_model(
         model.load_delta(delta)
         model = model.merge() if merge else model
         objective = said.objective
-    return LoadedModel(model.to(device).eval(), header, objective, pixels)
+    return LoadedModel(model, header, objective, pixels)
 
 
 def _load_deltas(
@@ -107,7 +143,6 @@ def _load_deltas(
     num_classes: int | None,
     image_size: int | None,
     compute_dtype: torch.dtype | None,
-    device: torch.device | str,
 ) -> LoadedModel:
     """A base with several deltas beside each other; the first one says what the base is loaded as."""
     if not deltas:
@@ -131,7 +166,7 @@ def _load_deltas(
     model.load_deltas(deltas)
     common = {key: value for key, value in header.items() if all(h.get(key) == value for h in headers.values())}
     objective = next((h["objective"] for h in headers.values() if h.get("objective") is not None), model.objective)
-    return LoadedModel(model.to(device).eval(), common, objective, pixels)
+    return LoadedModel(model, common, objective, pixels)
 
 
 def _shown_base(ckpt: str | None, seed: int) -> str:

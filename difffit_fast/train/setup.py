@@ -14,6 +14,8 @@ from ..data import ImageFolder, LatentSpace, PixelSpace, TrainingData
 from ..errors import DiffFitError
 from ..models.checkpoint import ModelFile
 from ..models.dit import DiT
+from ..models.fast_dit import FastDiffFitDiT
+from ..models.frozen_dtype import patterns
 from ..models.sizes import model_name
 from .captured import choose_capture
 from .config import DEFAULT_STEPS, TrainConfig
@@ -151,6 +153,7 @@ def _model_and_objective(
         raise DiffFitError(
             f"class {odd} of the model is {own[odd]!r}, and class {odd} of the data is {class_names[odd]!r}"
         )
+    _set_frozen_dtype(config, model)
     sees = source.channels, source.size
     has = getattr(model, "in_channels", sees[0]), getattr(model, "input_size", sees[1])
     if has != sees:
@@ -160,6 +163,18 @@ def _model_and_objective(
     own_arithmetic = getattr(model, "compute_dtype", None) is not None
     autocast = None if own_arithmetic or dtype == torch.float32 else dtype
     return model, Objective(config.objective, getattr(model, "learn_sigma", True), source.encoder, autocast)
+
+
+def _set_frozen_dtype(config: TrainConfig, model: nn.Module) -> None:
+    if config.frozen_dtype == "bf16":
+        if config.frozen_keep:
+            raise DiffFitError(f"--frozen-keep {config.frozen_keep} keeps linears out of --frozen-dtype, which is bf16")
+        return
+    if not isinstance(model, FastDiffFitDiT):
+        raise DiffFitError(
+            f"--frozen-dtype {config.frozen_dtype} is for frozen weights, of --method difffit and bitfit; got {config.method}"
+        )
+    model.set_frozen_dtype(config.frozen_dtype, patterns(config.frozen_keep))
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .._processes import World
 from ..data.base import TrainingData
+from ..models.frozen_dtype import summary
 from .best import Best
 from .runs import Start
 from .setup import Parts
@@ -26,6 +27,8 @@ def introduce(tracker: Tracker, parts: Parts, world: World, start: Start, folder
     total = sum(p.numel() for p in parts.model.parameters())
     trained = sum(p.numel() for p in parts.parameters.values())
     tracker.say(f"{parts.name} parameters: {total:,}, of which {trained:,} are trained ({100 * trained / total:.3f} %)")
+    if getattr(parts.model, "frozen_dtype", "bf16") != "bf16":
+        tracker.say(summary(parts.model.eight_bit_report()))
     tracker.say(
         f"Dataset contains {len(parts.stream):,} images of {parts.stream.data.num_classes} classes; training to step "
         f"{parts.total_steps} with {parts.config.global_batch_size} images a step on {world.size} process(es)"

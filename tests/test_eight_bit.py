@@ -1,0 +1,415 @@
+"""Products of frozen weights in eight bits: rows and what becomes of them in every room, weights that change, whole models.
+
+The truth is what the formulas say in float64 of the values as they were quantized. Where a processor has no int8 products the
+emulated ones stand for them; that both are the same is tested where it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from optest import BF16, F16, F32, ROOMS, close, rooms
+from safetensors.torch import load_file
+from torch import Tensor
+
+from difffit_fast import DiffFitError, FastDiffFitDiT
+from difffit_fast.models.frozen_dtype import summary
+from difffit_fast.models.load import load_model
+from difffit_fast.ops import eight_bit, use_kernels
+from difffit_fast.ops.dispatch import cpp_ops
+from difffit_fast.ops.frozen_linear import frozen_linear
+from difffit_fast.ops.frozen_mlp import frozen_mlp
+from difffit_fast.ops.probe import Chooser
+
+CPU = torch.device("cpu")
+HAS_INT8 = eight_bit.refusal("int8", CPU) is None
+SIZES = ((1, 1), (5, 64), (37, 128), (3, 40), (2, 1152), (33, 3), (4, 16), (0, 64))
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "emulate")
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    eight_bit.forget()
+
+
+def rows(M: int, K: int, dtype: torch.dtype = F32) -> Tensor:
+    """Rows of very different sizes."""
+    return (torch.randn(M, K) * torch.exp(3 * torch.randn(M, 1))).to(dtype)
+
+
+def kernels(room: str) -> Any:
+    if room == "cpp":
+        ops = cpp_ops()
+        return SimpleNamespace(quantize_int8=ops.quantize_int8, quantize_fp8=None, rescale=ops.rescale, device="cpu")
+    if room == "reference":
+        return SimpleNamespace(**vars(eight_bit), device="cpu")
+    module = importlib.import_module("difffit_fast.kernels.eight_bit")
+    return SimpleNamespace(**vars(module), device="cuda" if room == "gpu" else "cpu")
+
+
+every_room = pytest.mark.parametrize("room", [pytest.param(r, marks=marks) for r, marks in ROOMS.items()])
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+@every_room
+@pytest.mark.parametrize("turn", [False, True], ids=["", "rotated"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rows_are_quantized_alike_in_every_room(room: str, kind: str, turn: bool) -> None:
+    there = kernels(room)
+    quantize = getattr(there, f"quantize_{kind}")
+    if quantize is None:
+        pytest.skip("nothing on a CPU multiplies float8")
+    if room == "gpu" and kind == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs float8")
+    top = 127 if kind == "int8" else 448
+    for dtype in (F32, BF16):
+        for M, K in SIZES:
+            x = rows(M, K, dtype)
+            if M > 3:
+                x[1], x[2, 0], x[3, -1] = 0, torch.nan, -torch.inf
+            q, scale = (t.cpu() for t in quantize(x.to(there.device), turn))
+            assert q.shape == (M, K) and scale.shape == (M,) and scale.dtype == F32
+            want_q, want_scale = getattr(eight_bit, f"quantize_{kind}")(x, turn)
+            torch.testing.assert_close(scale, want_scale, rtol=0 if room != "gpu" else 1e-6, atol=0, equal_nan=True)
+            # A multiplication that is fused with the addition behind it, or a rotation's sums in another order, may fall on
+            # the other side of a tie.
+            assert not M or (q.float() != want_q.float()).float().mean() < 5e-3
+            if not M:
+                continue
+            finite = x.isfinite().all(1)
+            assert scale[~finite].isnan().all() and not q.float()[~finite].any()
+            back = q[finite].double() * scale[finite].double()[:, None]
+            x64 = x[finite].double()
+            x64 = eight_bit.rotate(x64) if turn else x64
+            step = scale[finite].double()[:, None] if kind == "int8" else x64.abs() / 8 + scale[finite][:, None] / 256
+            assert ((back - x64).abs() <= 0.501 * step).all()
+            assert (q.float()[finite].abs().amax(1) == top * x.any(1)[finite]).all()  # each row uses all of its range
+
+
+@every_room
+@pytest.mark.parametrize("given", [torch.int32, F32], ids=str)
+def test_products_are_rescaled_in_every_room(room: str, given: torch.dtype) -> None:
+    there = kernels(room)
+    for M, N in ((1, 1), (7, 33), (40, 128), (0, 5)):
+        product = torch.randint(-(10**6), 10**6, (M, N)).to(given)
+        row, column = torch.rand(M), torch.rand(N)
+        for bias in (None, torch.randn(N), torch.randn(N, dtype=BF16)):
+            for dtype in (F32, BF16) if room == "cpp" else (F32, BF16, F16):
+                scaled = [
+                    None if t is None else t.to(there.device)
+                    for t in (product * 1e-3 if given == F32 else product, row, column, bias)
+                ]
+                y = there.rescale(*scaled, dtype)
+                want = scaled[0].cpu().double() * row.double()[:, None] * column.double()
+                assert y.dtype == dtype
+                small = dtype == F16 and want.numel() and want.abs().max() > 6e4
+                if not small:
+                    close("y", y, want if bias is None else want + bias.double())
+
+
+def test_a_rotation_is_orthogonal_and_its_own_inverse() -> None:
+    for channels in (1, 3, 4, 36, 48, 64, 1152):
+        h = eight_bit.rotate(torch.eye(channels, dtype=torch.float64))
+        torch.testing.assert_close(h @ h.T, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-12)
+        assert torch.equal(h, h.T)
+        assert (h != 0).sum(1).unique().tolist() == [eight_bit.block_of(channels)]
+
+
+def test_rotating_saves_what_a_large_channel_would_drown() -> None:
+    x, w = torch.randn(64, 128), torch.randn(96, 128)
+    x[:, 5] *= 100
+    errors = [eight_bit._error(x, *eight_bit.quantize(x, "int8", turn), turn) for turn in (False, True)]
+    want = x.double() @ w.double().T
+    small = want - x[:, 5:6].double() @ w[:, 5:6].double().T  # what the other channels say
+    off = []
+    for turn in (False, True):
+        (q, r), (p, s) = eight_bit.quantize(x, "int8", turn), eight_bit.quantize(w, "int8", turn)
+        off.append(float((eight_bit.rescale(eight_bit.product(q, p), r, s, None, F32) - want).norm() / small.norm()))
+    assert off[1] < 0.6 * off[0], (off, errors)
+
+
+# -- products --------------------------------------------------------------------------------------------------------
+def truth(x: Tensor, w: Tensor, kind: str, turn: bool, backward: bool) -> Tensor:
+    """x·Wᵀ, or x·W, of what was quantized, in float64."""
+    (q, r), (p, s) = (
+        eight_bit.quantize(x.contiguous(), kind, turn),
+        eight_bit.quantize((w.T if backward else w).contiguous(), kind, turn),
+    )
+    return (q.double() * r.double()[:, None]) @ (p.double() * s.double()[:, None]).T
+
+
+def keep(w: Tensor, kind: str = "int8", turn: bool | None = None, **more: Any) -> eight_bit.EightBit:
+    eight_bit.keep_eight_bit([w], kind, turn, **more)
+    kept = eight_bit.eight_bit_of(w)
+    assert kept is not None
+    return kept
+
+
+@pytest.mark.parametrize("kernel", rooms())
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("turn", [False, True], ids=["", "rotated"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_linear_and_its_gradients(emulated: None, kind: str, turn: bool, dtype: torch.dtype, kernel: str) -> None:
+    with use_kernels(kernel):
+        for M, N, K in ((1, 24, 40), (37, 96, 64), (5, 33, 1152), (0, 8, 16)):
+            w, bias = (torch.randn(N, K) / K**0.5).to(dtype), torch.randn(N)
+            x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+            keep(w, kind, turn)
+            for needs in ((True, True), (True, False), (False, True)):
+                leaves = [t.clone().requires_grad_(need) for t, need in zip((x, bias), needs, strict=True)]
+                y = frozen_linear(leaves[0], w, leaves[1])
+                again = frozen_linear(leaves[0], w, leaves[1])
+                assert torch.equal(y, again)
+                close("y", y.detach(), truth(x, w, kind, turn, False) + bias.double(), slack=1e-5)
+                y.backward(dy)
+                if needs[0]:
+                    close("dx", leaves[0].grad, truth(dy, w, kind, turn, True), slack=1e-5)
+                if needs[1]:
+                    close("db", leaves[1].grad, dy.double().sum(0))  # of what the backward carries, not quantized
+
+
+@pytest.mark.skipif(not HAS_INT8, reason="this processor has no int8 products")
+@pytest.mark.parametrize("turn", [False, True], ids=["", "rotated"])
+def test_the_processors_products_are_the_emulated_ones(monkeypatch: pytest.MonkeyPatch, turn: bool) -> None:
+    for M, N, K in ((1, 24, 40), (37, 96, 64), (300, 1152, 1152), (5, 33, 4608), (2, 7, 3)):
+        w, x, dy = torch.randn(N, K, dtype=BF16), torch.randn(M, K, dtype=BF16), torch.randn(M, N, dtype=BF16)
+        kept, found = keep(w, "int8", turn), []
+        for how in ("auto", "emulate"):
+            monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", how)
+            found.append([eight_bit._multiply(t, kept.side(w, b), kept, None) for t, b in ((x, False), (dy, True))])
+        for real, emulation in zip(*found, strict=True):
+            assert torch.equal(real, emulation)
+
+
+def test_mlp_in_eight_bits(emulated: None) -> None:
+    h, w1, b1, w2 = torch.randn(37, 64), torch.randn(256, 64) / 8, torch.randn(256), torch.randn(64, 256) / 16
+    plain = frozen_mlp(h, w1, b1, w2)
+    keep(w1), keep(w2)
+    off = (frozen_mlp(h, w1, b1, w2) - plain).norm() / plain.norm()
+    assert 1e-4 < off < 0.03
+    each = frozen_mlp(h[None], w1, b1[None], w2)[0]  # the bias of each sample
+    assert (each - plain).norm() / plain.norm() < 0.03
+
+
+def test_rows_that_are_not_finite_say_so(emulated: None) -> None:
+    w = torch.randn(8, 16)
+    keep(w)
+    x = torch.randn(4, 16)
+    x[1, 3], x[2, 0] = torch.inf, torch.nan
+    y = frozen_linear(x, w)
+    assert y[1].isnan().all() and y[2].isnan().all() and y[[0, 3]].isfinite().all()
+
+
+# -- weights that change -----------------------------------------------------------------------------------------------
+def test_a_weight_that_changes_is_quantized_again(emulated: None) -> None:
+    w, x = torch.randn(24, 40), torch.randn(5, 40)
+    keep(w)
+    frozen_linear(x, w)
+    for change in (lambda: w.mul_(2), lambda: w.data.add_(1), lambda: w.data.__setitem__((3, 3), 9.0)):
+        change()
+        close("y", frozen_linear(x, w), truth(x, w, "int8", True, False), slack=1e-5)
+    elsewhere = w.clone()
+    assert eight_bit.eight_bit_of(elsewhere) is None
+    eight_bit.keep_eight_bit([w], None)
+    close("y", frozen_linear(x, w), x.double() @ w.double().T)
+
+
+def test_copies_go_with_the_weight() -> None:
+    before = len(eight_bit._KEPT)
+    w = torch.randn(24, 40)
+    keep(w)
+    del w
+    assert len(eight_bit._KEPT) == before
+
+
+def test_weights_that_eight_bits_cannot_hold(emulated: None) -> None:
+    x = torch.randn(5, 64)
+    zeros = torch.randn(24, 64)
+    zeros[3] = 0
+    kept = keep(zeros)
+    y = frozen_linear(x, zeros)
+    assert kept.good(zeros) and not y[:, 3].any()
+    endless = torch.randn(24, 64)
+    endless[2, 2] = torch.inf
+    keep(endless, name="blocks.7.attn.proj")
+    with pytest.warns(UserWarning, match=r"blocks\.7\.attn\.proj stays in torch\.float32: .* not finite"):
+        y = frozen_linear(x, endless)
+    torch.testing.assert_close(y, x @ endless.T)
+    wild, x = torch.full((24, 1024), 30.0), torch.randn(5, 1024)
+    wild[:, 0] = 1e4  # beside which the others round to nothing
+    keep(wild, "int8", False, name="wild")
+    with pytest.warns(UserWarning, match=r"wild stays in torch\.float32: in int8 it would be off by"):
+        torch.testing.assert_close(frozen_linear(x, wild), x @ wild.T)
+
+
+# -- what a device can ---------------------------------------------------------------------------------------------------
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no float8" in eight_bit.refusal("fp8", CPU)
+    assert "meta" in eight_bit.refusal("int8", torch.device("meta"))
+    monkeypatch.setattr(eight_bit, "_cpu_has_int8", lambda: False)
+    assert "VNNI" in eight_bit.refusal("int8", CPU) and eight_bit.kind_for(CPU) is None
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "emulate")
+    assert eight_bit.refusal("fp8", CPU) is None
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "always")
+    with pytest.raises(DiffFitError, match="must be auto or emulate; got 'always'"):
+        eight_bit.refusal("int8", CPU)
+
+
+def test_auto_takes_the_faster(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = torch.randn(24, 64), torch.randn(5, 64)
+    plain, eight = x @ w.T, truth(x, w, "int8", True, False).float()
+    keep(w, auto=True)
+    for fastest, want in (("int8", eight), (eight_bit.PLAIN_PRODUCT, plain)):
+        seen: list[int] = []
+
+        def timer(call: Any, device: torch.device, fastest: str = fastest, seen: list[int] = seen) -> float:
+            seen.append(1)
+            return 1.0 if torch.allclose(call(), eight, atol=1e-6) == (fastest == "int8") else 2.0
+
+        monkeypatch.setattr(eight_bit, "_chooser", Chooser(eight_bit.PLAIN_PRODUCT, timer))
+        torch.testing.assert_close(frozen_linear(x, w), want, rtol=1e-5, atol=1e-5)
+        timed = len(seen)
+        frozen_linear(x, w)
+        assert timed and len(seen) == timed  # once
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+def model_of(dtype: torch.dtype | None = None, **more: Any) -> FastDiffFitDiT:
+    return FastDiffFitDiT.from_pretrained("glyphs", compute_dtype=dtype, **more).eval()
+
+
+def given(n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(n, 1, 24, 24), torch.randint(0, 1000, (n,)), torch.randint(0, 52, (n,))
+
+
+def gradients(model: FastDiffFitDiT, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    model.zero_grad()
+    out = model(*inputs)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [None, BF16], ids=str)
+@pytest.mark.parametrize(("kind", "least"), [("int8", 0.995), ("fp8", 0.98)])
+def test_gradients_of_a_real_base(emulated: None, kind: str, least: float, dtype: torch.dtype | None) -> None:
+    inputs = given(8)
+    model = model_of()
+    wanted, out = gradients(model, inputs), model(*inputs).detach()
+    model = model_of(dtype, frozen_dtype=kind)
+    found = gradients(model, inputs)
+    assert (model(*inputs).detach() - out).norm() / out.norm() < 0.05
+    for name, grad in found.items():
+        assert torch.nn.functional.cosine_similarity(grad.flatten(), wanted[name].flatten(), 0) > least, name
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), gradients(model, inputs).values(), strict=True))
+    report = model.eight_bit_report()
+    assert {one["kind"] for one in report.values()} == {kind} and len(report) == 24
+    assert f"24 of 24 frozen weights of the blocks are multiplied in {kind}" in summary(report)
+
+
+def test_the_parameters_know_nothing_of_it(emulated: None, tmp_path: Path) -> None:
+    plain, model = model_of(BF16), model_of(BF16, frozen_dtype="int8")
+    inputs = given()
+    eight = model(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values(), strict=True))
+    with torch.no_grad():
+        for p in (
+            model.trainable_parameters()
+            if hasattr(model, "trainable_parameters")
+            else [p for p in model.parameters() if p.requires_grad]
+        ):
+            p.add_(0.01 * torch.randn_like(p))
+    model.save_delta(tmp_path / "a.safetensors")
+    plain.load_delta(tmp_path / "a.safetensors")  # of the same base, used in another dtype
+    plain.save_delta(tmp_path / "b.safetensors")
+    a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.device("cpu"))):
+        assert other.frozen_dtype == "int8" and torch.equal(other(*inputs), model(*inputs))
+    merged, of_plain = model.merge(), plain.merge()
+    assert all(
+        torch.equal(a, b) for a, b in zip(merged.state_dict().values(), of_plain.state_dict().values(), strict=True)
+    )
+    model.set_frozen_dtype("bf16")
+    assert torch.equal(model(*inputs), plain(*inputs)) and not torch.equal(eight, plain(*inputs))
+
+
+def test_what_is_kept_out_of_it(emulated: None) -> None:
+    model = model_of(frozen_dtype="int8", frozen_keep=("*.fc2", "blocks.0"))
+    kinds = {name: one["kind"] for name, one in model.eight_bit_report().items()}
+    assert {name for name, kind in kinds.items() if kind is None} == {
+        *(f"blocks.{i}.mlp.fc2" for i in range(6)), "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1",
+    }  # fmt: skip
+    with pytest.raises(DiffFitError, match=r"no linear of a block is called 'fc9'; they are blocks\.0\.attn\.qkv"):
+        model.set_frozen_dtype("int8", ("fc9",))
+    assert model.frozen_keep == ("*.fc2", "blocks.0")
+    with pytest.raises(DiffFitError, match="must be one of bf16, fp8, int8, auto; got 'int4'"):
+        model.set_frozen_dtype("int4")
+    with pytest.raises(DiffFitError, match="float64 was asked for"):
+        model_of(torch.float64, frozen_dtype="int8")
+
+
+def test_a_device_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eight_bit, "_cpu_has_int8", lambda: False)
+    inputs = given()
+    want = model_of()(*inputs)
+    model = model_of(frozen_dtype="auto")
+    with pytest.warns(UserWarning, match="stays with the compute dtype: this CPU has no int8"):
+        assert torch.equal(model(*inputs), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(*inputs)  # said once
+    with pytest.raises(DiffFitError, match="frozen_dtype='fp8': CPUs have no float8 arithmetic; .*=emulate"):
+        model_of(frozen_dtype="fp8")(*inputs)
+
+
+def test_autocast_beside_it_is_refused(emulated: None) -> None:
+    model = model_of(frozen_dtype="int8")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(DiffFitError, match=r"give compute_dtype=torch\.bfloat16"),
+    ):
+        model(*given())
+
+
+def test_compiled_and_with_a_delta_for_each_sample(emulated: None) -> None:
+    model = model_of(frozen_dtype="int8")
+    inputs = given()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+    model.add_delta("a"), model.add_delta("b")
+    with torch.no_grad():
+        model.deltas["b"].vectors.add_(0.02 * torch.randn_like(model.deltas["b"].vectors))
+    mixed = model(*inputs, delta=["a", "b", None, "a"])
+    for i, name in enumerate(("a", "b", None, "a")):
+        alone = model(*(t[i : i + 1] for t in inputs), delta=name)
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-3, atol=2e-3)
+
+
+def test_loading_with_it(emulated: None, tmp_path: Path) -> None:
+    inputs = given()
+    want = model_of(frozen_dtype="int8")(*inputs)
+    loaded = load_model("glyphs", frozen_dtype="int8").model
+    assert isinstance(loaded, FastDiffFitDiT) and torch.equal(loaded(*inputs), want)
+    trained = model_of()
+    with torch.no_grad():
+        trained.blocks[0].attn.proj.bias.add_(1)
+    trained.save_delta(tmp_path / "d.safetensors")
+    for more in ({}, {"merge": True}):
+        model = load_model(
+            "glyphs", tmp_path / "d.safetensors", frozen_dtype="int8", frozen_keep=("*.fc1",), **more
+        ).model
+        assert sum(one["kind"] == "int8" for one in model.eight_bit_report().values()) == 18
