@@ -36,6 +36,11 @@ LAUNCHERS = [
     "modulation_backward",
     "scale_qkv",
     "pack_dqkv",
+    "quantize_int8",
+    "quantize_int8, of fc2",
+    "quantize_fp8",
+    "quantize_fp8, of fc2",
+    "rescale",
 ]
 ATTENTION = [f"attention_{way}{gains}" for way in ("forward", "backward") for gains in ("", ", no gains")]
 
@@ -63,7 +68,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills_and_wide_loads(rows: list[dict], arch: int) -> None:
     mine = [row for row in rows if row["arch"] == arch]
-    assert {row["launcher"] for row in mine} == {*LAUNCHERS, *ATTENTION}
+    assert {row["launcher"] for row in mine} == {n for n in (*LAUNCHERS, *ATTENTION) if arch > 80 or "fp8" not in n}
     for row in mine:
         assert row["spill"] == 0, row
         assert row["widest_load"] == 128, row
