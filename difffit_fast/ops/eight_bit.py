@@ -43,6 +43,7 @@ from .probe import Chooser
 from .weights import PLAIN, checksum
 
 KINDS = ("int8", "fp8")
+ROTATED = {"int8": True, "fp8": False}  # unless somebody says otherwise
 BOUND = 0.05  # a weight that is further off when quantized stays as it is
 PLAIN_PRODUCT = "plain"
 LEAST = 1e-30  # a row whose largest value is less is all zeros
@@ -221,7 +222,7 @@ def keep_eight_bit(
     """Let products with these weights (N, K) be of ``kind`` from now on, until their memory goes; None: no longer.
 
     Args:
-        turn: whether to rotate; None: int8 yes, fp8 no.
+        turn: whether to rotate; None: as :data:`ROTATED` says.
         auto: take the products of the weights' own dtype where they are faster.
         name: what warnings call them.
     """
@@ -232,7 +233,7 @@ def keep_eight_bit(
         if kind is None:
             _KEPT.pop(memory, None)
         elif weight.numel() and weight.is_contiguous():
-            _KEPT[memory] = EightBit(weight, kind, kind == "int8" if turn is None else turn, auto, name)
+            _KEPT[memory] = EightBit(weight, kind, ROTATED[kind] if turn is None else turn, auto, name)
 
 
 def eight_bit_of(weight: Tensor) -> EightBit | None:
