@@ -219,8 +219,8 @@ def gradient_table(plan: Spec, runs: dict[str, dict[str, Any]]) -> str:
     residual = next(iter(runs.values()))["bins"][-1]["residual"]
     return (
         f"**Gradients** of every trainable of the base, {plan['gradients']['images']} glyphs of {plan['domain']} in each of "
-        f"{plan['gradients']['bins']} bins of timesteps, against those of the float32 model: cosines, their median over tensors and "
-        "the least. All timesteps together are what a training step sees.\n\n" + table(head, rows) + "\n\n"
+        f"{plan['gradients']['bins']} bins of timesteps, against those of the float32 model: cosines, their median over "
+        "tensors and the least. All timesteps together are what a training step sees.\n\n" + table(head, rows) + "\n\n"
         f"From t = {last} on the gradient says little: the base predicts the noise there to {residual:.2%} of its size, and the "
         "gradient is that of this remainder. A prediction that is off by a part of it, in bfloat16 already, turns it."
     )

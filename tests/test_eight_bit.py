@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from difffit_fast import DiffFitError, FastDiffFitDiT
-from difffit_fast.models.frozen_dtype import summary
+from difffit_fast.models.frozen_dtype import linears, summary
 from difffit_fast.models.load import load_model
 from difffit_fast.ops import eight_bit, use_kernels
 from difffit_fast.ops.dispatch import cpp_ops
@@ -304,7 +304,7 @@ def gradients(model: FastDiffFitDiT, inputs: tuple[Tensor, ...]) -> dict[str, Te
 
 
 @pytest.mark.parametrize("dtype", [None, BF16], ids=str)
-@pytest.mark.parametrize(("kind", "least"), [("int8", 0.995), ("fp8", 0.98)])
+@pytest.mark.parametrize(("kind", "least"), [("int8", 0.995), ("fp8", 0.99)])
 def test_gradients_of_a_real_base(emulated: None, kind: str, least: float, dtype: torch.dtype | None) -> None:
     inputs = given(8)
     model = model_of()
@@ -353,6 +353,14 @@ def test_what_is_kept_out_of_it(emulated: None) -> None:
     assert {name for name, kind in kinds.items() if kind is None} == {
         *(f"blocks.{i}.mlp.fc2" for i in range(6)), "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1",
     }  # fmt: skip
+    model.set_frozen_dtype("int8", ("*.fc2.forward", "blocks.1"))
+    kept = {name: eight_bit.eight_bit_of(linear.weight) for name, linear in linears(model)}
+    assert kept["blocks.0.mlp.fc2"].ways == ("backward",) and kept["blocks.0.mlp.fc1"].ways == ("forward", "backward")
+    assert kept["blocks.1.mlp.fc1"] is None
+    model.set_frozen_dtype("int8", ("*.forward",))
+    inputs = given()
+    assert torch.equal(model(*inputs), model_of()(*inputs))  # and only gradients are others
+    model.set_frozen_dtype("int8", ("*.fc2", "blocks.0"))
     with pytest.raises(DiffFitError, match=r"no linear of a block is called 'fc9'; they are blocks\.0\.attn\.qkv"):
         model.set_frozen_dtype("int8", ("fc9",))
     assert model.frozen_keep == ("*.fc2", "blocks.0")
@@ -396,7 +404,9 @@ def test_compiled_and_with_a_delta_for_each_sample(emulated: None) -> None:
     mixed = model(*inputs, delta=["a", "b", None, "a"])
     for i, name in enumerate(("a", "b", None, "a")):
         alone = model(*(t[i : i + 1] for t in inputs), delta=name)
-        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-3, atol=2e-3)
+        assert (
+            mixed[i : i + 1] - alone
+        ).norm() < 0.01 * alone.norm()  # a rounding upstream is a step of a row downstream
 
 
 def test_loading_with_it(emulated: None, tmp_path: Path) -> None:

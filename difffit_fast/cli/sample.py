@@ -19,7 +19,7 @@ from .._processes import World
 from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.delta import read_delta
-from ..models.frozen_dtype import FROZEN_DTYPES, patterns, summary
+from ..models.frozen_dtype import DEFAULT_KEEP, FROZEN_DTYPES, patterns, summary
 from ..models.sizes import model_name
 from ..sample.guidance import EVERYWHERE, KINDS
 from ..sample.sampler import SAMPLERS, SAMPLERS_OF
@@ -97,7 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bf16",
         help="products of the blocks' weights: bf16 (as --precision says), fp8, int8, or auto, what is fastest on the device",
     )
-    add("--frozen-keep", default="", help="linears that stay out of it, with commas: *.fc2,blocks.0")
+    add(
+        "--frozen-keep",
+        default=",".join(DEFAULT_KEEP),
+        help="what of the blocks' linears stays out of it, with commas (default: %(default)s)",
+    )
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 

@@ -40,7 +40,7 @@ from .delta import load_delta, save_delta
 from .deltas import OWN, Base, Delta, Deltas, Own, Strength, Wearing, add_delta, load_deltas
 from .difffit import DiffFitConfig, is_extra
 from .dit import DIT_ARGUMENTS, LN_EPS, DiT, check_dit_inputs, published, timestep_embedding, transformed
-from .frozen_dtype import check_frozen_dtype, chosen
+from .frozen_dtype import DEFAULT_KEEP, check_frozen_dtype, chosen
 from .merge import merge
 from .plain_difffit import PlainDiffFitDiT
 from .vectors import Vectors, block_biases, join_vectors, modulation_linears, own_vectors, proj_weights
@@ -56,7 +56,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         attention: "auto" or a backend of :mod:`difffit_fast.ops.attention`.
         frozen_dtype: of the products with the blocks' frozen weights: "bf16" (as ``compute_dtype`` says), "fp8" or "int8" (see
             :mod:`difffit_fast.ops.eight_bit`), or "auto", what is fastest on the device. The parameters stay what they are.
-        frozen_keep: linears of the blocks that stay out of it, by name or pattern: ``("*.fc2", "blocks.0")``.
+        frozen_keep: what of the blocks' linears stays out of it, by name or pattern: ``("*.fc2", "blocks.0.*.forward")``.
 
     Keys and shapes are those of the public DiT; extra keys are γ (``blocks.i.gamma1``, ``blocks.i.gamma2``,
     ``blocks.i.attn.gamma1``, ``blocks.i.attn.gamma2``) and LayerNorm's ``weight`` and ``bias``. A state dict without them
@@ -70,7 +70,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
         compute_dtype: torch.dtype | None = None,
         attention: str = "auto",
         frozen_dtype: str = "bf16",
-        frozen_keep: Sequence[str] = (),
+        frozen_keep: Sequence[str] = DEFAULT_KEEP,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, difffit=difffit, **kwargs)
@@ -115,7 +115,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             weights = [w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight)]
             keep_layout(w for w in weights if eight_bit_of(w) is None)
 
-    def set_frozen_dtype(self, frozen_dtype: str, keep: Sequence[str] = ()) -> None:
+    def set_frozen_dtype(self, frozen_dtype: str, keep: Sequence[str] = DEFAULT_KEEP) -> None:
         """Multiply by the frozen weights in another dtype from now on; arguments as ``frozen_dtype`` and ``frozen_keep``.
 
         Raises:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..errors import DiffFitError
-from ..ops.eight_bit import eight_bit_of, keep_eight_bit, kind_for, refusal
+from ..ops.eight_bit import WAYS, eight_bit_of, keep_eight_bit, kind_for, refusal
 
 FROZEN_DTYPES = ("bf16", "fp8", "int8", "auto")
+DEFAULT_KEEP = ("*.fc2.forward",)  # what GELU gives is worst in eight bits: docs/eight-bit.md
 
 
 def check_frozen_dtype(frozen_dtype: str, compute_dtype: torch.dtype | None) -> None:
@@ -42,20 +43,25 @@ def linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
             yield f"blocks.{i}.{name}", linear
 
 
-def chosen(model: Any, keep: Sequence[str]) -> list[tuple[str, nn.Linear]]:
-    """Those that are not kept: by a name or a pattern such as ``"*.fc2"`` or ``"blocks.0.*"``.
+def chosen(model: Any, keep: Sequence[str]) -> list[tuple[str, nn.Linear, tuple[str, ...]]]:
+    """Those that are not kept, with the products that are in eight bits.
+
+    Args:
+        keep: what is kept, by name or pattern: ``"*.fc2"``, ``"blocks.0"``, or one product alone, ``"*.fc2.forward"``.
 
     Raises:
         DiffFitError: a pattern that fits none.
     """
-    found = list(linears(model))
+    every = [(name, linear, way) for name, linear in linears(model) for way in WAYS]
     for pattern in keep:
-        if not any(_fits(name, pattern) for name, _ in found):
+        if not any(_fits(f"{name}.{way}", pattern) for name, _, way in every):
             raise DiffFitError(
                 f"frozen_keep: no linear of a block is called {pattern!r}; they are blocks.0.attn.qkv to "
-                f"{found[-1][0]}, and patterns such as '*.fc2' or 'blocks.0.*' name several"
+                f"{every[-1][0]}, and patterns such as '*.fc2', 'blocks.0' or '*.fc2.forward' name several"
             )
-    return [(name, linear) for name, linear in found if not any(_fits(name, pattern) for pattern in keep)]
+    left = [one for one in every if not any(_fits(f"{one[0]}.{one[2]}", pattern) for pattern in keep)]
+    ways = {name: tuple(way for other, _, way in left if other == name) for name, _, _ in left}
+    return [(name, linear, ways[name]) for name, linear in linears(model) if name in ways]
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -78,8 +84,8 @@ def arrange(model: Any) -> str | None:
         return f"{refusal('int8', device)}, and {refusal('fp8', device)}"
     problem = refusal(kind, device)
     if problem is None:
-        for name, linear in chosen(model, model.frozen_keep):
-            keep_eight_bit([linear.weight], kind, auto=auto, name=name)
+        for name, linear, ways in chosen(model, model.frozen_keep):
+            keep_eight_bit([linear.weight], kind, auto=auto, name=name, ways=ways)
     return problem
 
 

@@ -19,6 +19,7 @@ from .checkpoint import ModelFile, image_pixels, read_model
 from .delta import read_delta
 from .dit import DiT
 from .fast_dit import FastDiffFitDiT
+from .frozen_dtype import DEFAULT_KEEP
 from .random_base import random_dit, seeded
 
 RUN_SETTINGS = "config.yaml"  # in a run's folder, beside its "checkpoints"
@@ -54,7 +55,7 @@ def load_model(
     image_size: int | None = None,
     compute_dtype: torch.dtype | None = None,
     frozen_dtype: str = "bf16",
-    frozen_keep: Sequence[str] = (),
+    frozen_keep: Sequence[str] = DEFAULT_KEEP,
     device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """Load ``ckpt``, or ``ckpt`` with ``delta`` applied on the fly (``merge=True``: folded into an ordinary DiT first).

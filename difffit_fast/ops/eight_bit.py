@@ -43,6 +43,7 @@ from .probe import Chooser
 from .weights import PLAIN, checksum
 
 KINDS = ("int8", "fp8")
+WAYS = ("forward", "backward")  # the product of a linear, and that of its input's gradient
 ROTATED = {"int8": True, "fp8": False}  # unless somebody says otherwise
 BOUND = 0.05  # a weight that is further off when quantized stays as it is
 PLAIN_PRODUCT = "plain"
@@ -161,10 +162,11 @@ class EightBit:
         kind: "int8" or "fp8".
         turn: whether rows are rotated.
         auto: whether a product may be that of the weight's own dtype, where it is faster.
+        ways: the products that are in eight bits, of :data:`WAYS`.
     """
 
-    def __init__(self, weight: Tensor, kind: str, turn: bool, auto: bool, name: str) -> None:
-        self.kind, self.turn, self.auto, self.name = kind, turn, auto, name
+    def __init__(self, weight: Tensor, kind: str, turn: bool, auto: bool, name: str, ways: tuple[str, ...]) -> None:
+        self.kind, self.turn, self.auto, self.name, self.ways = kind, turn, auto, name, ways
         self.like = weight.data_ptr(), weight.dtype, weight.shape
         self._state: Any = None
         self._sides: dict[bool, Side] = {}
@@ -217,7 +219,13 @@ _KEPT: weakref.WeakKeyDictionary[torch.UntypedStorage, EightBit] = weakref.WeakK
 
 
 def keep_eight_bit(
-    weights: Iterable[Tensor], kind: str | None, turn: bool | None = None, *, auto: bool = False, name: str = "a weight"
+    weights: Iterable[Tensor],
+    kind: str | None,
+    turn: bool | None = None,
+    *,
+    auto: bool = False,
+    name: str = "a weight",
+    ways: tuple[str, ...] = WAYS,
 ) -> None:
     """Let products with these weights (N, K) be of ``kind`` from now on, until their memory goes; None: no longer.
 
@@ -225,6 +233,7 @@ def keep_eight_bit(
         turn: whether to rotate; None: as :data:`ROTATED` says.
         auto: take the products of the weights' own dtype where they are faster.
         name: what warnings call them.
+        ways: "forward", "backward", or both.
     """
     for weight in weights:
         if type(weight) not in PLAIN or weight.is_meta:
@@ -233,7 +242,7 @@ def keep_eight_bit(
         if kind is None:
             _KEPT.pop(memory, None)
         elif weight.numel() and weight.is_contiguous():
-            _KEPT[memory] = EightBit(weight, kind, ROTATED[kind] if turn is None else turn, auto, name)
+            _KEPT[memory] = EightBit(weight, kind, ROTATED[kind] if turn is None else turn, auto, name, ways)
 
 
 def eight_bit_of(weight: Tensor) -> EightBit | None:
@@ -262,7 +271,7 @@ def multiply(
         bias: (N,), or None.
         plain: the same in the dtype of x.
     """
-    if not x.shape[0] or not kept.good(weight):
+    if not x.shape[0] or WAYS[backward] not in kept.ways or not kept.good(weight):
         return plain()
     side = kept.side(weight, backward)
     if not kept.auto:

@@ -36,7 +36,7 @@ from .._files import read_yaml, write_text
 from .._words import nearest
 from ..errors import DiffFitError
 from ..models.classes import CLASSES
-from ..models.frozen_dtype import FROZEN_DTYPES
+from ..models.frozen_dtype import DEFAULT_KEEP, FROZEN_DTYPES
 from .schedule import SCHEDULES
 from .settings import flag, option, settings_of
 
@@ -118,8 +118,8 @@ class TrainConfig:
         "bf16", "products with the frozen weights of the blocks: bf16 (as --precision says), fp8, int8, or auto, what is fastest "
         "on the device", steers=True, choices=FROZEN_DTYPES, null="bf16", unrecorded="bf16")
     frozen_keep: str = _model(
-        "", "linears of the blocks that stay out of --frozen-dtype, by name or pattern, with commas: *.fc2,blocks.0",
-        steers=True, unrecorded="")
+        ",".join(DEFAULT_KEEP), "what of the blocks' linears stays out of --frozen-dtype, by name or pattern, with commas: "
+        "*.fc2,blocks.0.*.forward", steers=True, unrecorded=",".join(DEFAULT_KEEP))
     tf32: bool = _model(True, "TF32 matrix products in fp32 on GPUs that have them", steers=True)
     compile: bool = _model(False, "run the model through torch.compile", steers=True)
     gradient_checkpointing: bool = _model(

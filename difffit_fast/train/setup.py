@@ -167,8 +167,6 @@ def _model_and_objective(
 
 def _set_frozen_dtype(config: TrainConfig, model: nn.Module) -> None:
     if config.frozen_dtype == "bf16":
-        if config.frozen_keep:
-            raise DiffFitError(f"--frozen-keep {config.frozen_keep} keeps linears out of --frozen-dtype, which is bf16")
         return
     if not isinstance(model, FastDiffFitDiT):
         raise DiffFitError(
