@@ -1,4 +1,4 @@
-"""The Python of docs/diffusers.md and docs/many.md runs as it stands, on tiny models in place of those that are published."""
+"""The Python of docs/diffusers.md, docs/many.md and docs/eight-bit.md runs as it stands, on tiny models in place of those that are published."""
 
 from __future__ import annotations
 
@@ -137,6 +137,12 @@ def test_every_snippet_of_the_page_on_many_domains(tmp_path: Path, monkeypatch: 
         model.drop_delta("capitals")
     assert "no delta 'capitals'" in str(gone.exception(60))
     torch.testing.assert_close(known["submit"]("digits", "digit1", seed=3).result(60), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_every_snippet_of_the_page_on_eight_bits(capsys: pytest.CaptureFixture) -> None:
+    assert run("eight-bit.md", {}) == 1
+    said = snippets("eight-bit.md")[0].splitlines()[-1].split("# ")[1]
+    assert capsys.readouterr().out.strip() == said
 
 
 def test_the_formulas_of_the_page_on_many_domains() -> None:
