@@ -82,10 +82,17 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
     device = "cpu" if tiny else "cuda"
 
     def speed(
-        image: int, batch: int, limit: float, need: float, modes: Sequence[str], *more: str, tag: str = ""
+        image: int,
+        batch: int,
+        limit: float,
+        need: float,
+        modes: Sequence[str],
+        *more: str,
+        tag: str = "",
+        stem: str = "speed",
     ) -> Part:
         """speed.py at one size; it is told its limit, so that it ends with fewer rounds rather than with nothing."""
-        name = f"speed-{image}px-b{batch}{tag}"
+        name = f"{stem}-{image}px-b{batch}{tag}"
         if tiny:
             image, batch, modes = 64, 4, (modes[0], "fast", "full", *(m for m in modes if m == "fast-int8"))
         command = ["speed.py", "--image-size", str(image), "--batch-size", str(batch), "--modes", *modes, "--no-memory"]
@@ -116,7 +123,7 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
         Part("tests", [*pytest, *tests], 110, 20, safe),
         # What multiplies in eight bits comes after what it could disturb: kernels, steps, and both with the plain product.
         Part("eight-bit-tests", [*pytest, EIGHT_BIT_TESTS], 90, 20, safe),
-        speed(256, 32, 80, 30, EIGHT_BIT, tag="-eight-bit"),
+        speed(256, 32, 80, 30, EIGHT_BIT, stem="eight-bit"),  # not speed-….json: those are the rows of the README's table
         Part("eight-bit-ops", ["bench_eight_bit.py", "--device", device, *(grid or eight_bit), "--seconds", "{seconds}",
                                "--json", str(out / "eight_bit.json")], 60, 15),
         Part("ops", ["run_all.py", "--device", device, "--out", str(out), *(grid or ["--compile-widths", "1152"]),
