@@ -71,6 +71,8 @@ HEADLINE = (
 STRONGEST = ("fast-graph", "full-graph", "full-blocks", "fast", "frozen-blocks", "full-blocks-graph", "frozen-graph")
 WHOLE = ("fast-graph", "full-compile", "full-graph", "frozen-compile", "fast-compile")
 FITTING = ("fast-graph", "full-graph")
+EIGHT_BIT = ("fast-graph", "fast-fp8-graph", "fast-int8-graph", "fast", "fast-fp8", "fast-int8")
+EIGHT_BIT_TESTS = "{root}/tests/test_eight_bit.py"
 
 
 def list_parts(out: Path, tiny: bool = False) -> list[Part]:
@@ -80,11 +82,19 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
     device = "cpu" if tiny else "cuda"
 
     def speed(
-        image: int, batch: int, limit: float, need: float, modes: Sequence[str], *more: str, tag: str = ""
+        image: int,
+        batch: int,
+        limit: float,
+        need: float,
+        modes: Sequence[str],
+        *more: str,
+        tag: str = "",
+        stem: str = "speed",
     ) -> Part:
         """speed.py at one size; it is told its limit, so that it ends with fewer rounds rather than with nothing."""
-        name = f"speed-{image}px-b{batch}{tag}"
-        image, batch, modes = (64, 4, (modes[0], "fast", "full")) if tiny else (image, batch, modes)
+        name = f"{stem}-{image}px-b{batch}{tag}"
+        if tiny:
+            image, batch, modes = 64, 4, (modes[0], "fast", "full", *(m for m in modes if m == "fast-int8"))
         command = ["speed.py", "--image-size", str(image), "--batch-size", str(batch), "--modes", *modes, "--no-memory"]
         command += [*model, "--seconds", "{seconds}", "--json", str(out / f"{name}.json"), *more]
         return Part(name, command, limit, need)
@@ -98,6 +108,7 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
     )
     setup = ["-c", report] if tiny else ["{root}/setup.py", "-q", "build", "--build-lib", str(BUILT)]
     grid = ["--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"] if tiny else []
+    eight_bit = ["--widths", "1152", "--dtypes", "bf16", "--no-compile"]
     tests = ["{root}/tests/test_gpu.py"] if tiny else gpu_tests()
     profile = (
         ["--mode", "fast", "--image-size", "64", "--batch-size", "2", "--steps", "2"]
@@ -110,6 +121,11 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
         speed(256, 32, 170, 40, HEADLINE),
         Part("profile", ["profile_step.py", *model, *profile, "--json", str(out / "profile-256px-b32.json")], 60, 15),
         Part("tests", [*pytest, *tests], 110, 20, safe),
+        # What multiplies in eight bits comes after what it could disturb: kernels, steps, and both with the plain product.
+        Part("eight-bit-tests", [*pytest, EIGHT_BIT_TESTS], 90, 20, safe),
+        speed(256, 32, 80, 30, EIGHT_BIT, stem="eight-bit"),  # not speed-….json: those are the rows of the README's table
+        Part("eight-bit-ops", ["bench_eight_bit.py", "--device", device, *(grid or eight_bit), "--seconds", "{seconds}",
+                               "--json", str(out / "eight_bit.json")], 60, 15),
         Part("ops", ["run_all.py", "--device", device, "--out", str(out), *(grid or ["--compile-widths", "1152"]),
                      "--seconds", "{seconds}"], 75, 20),
         speed(256, 8, 80, 30, STRONGEST),
@@ -126,7 +142,8 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
 def gpu_tests() -> list[str]:
     """The files that have tests for a GPU: collecting all the others takes as long as running these."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(f) for f in files if re.search(r"mark\.gpu|\bROOMS\b", f.read_text()) and f.name != "test_gpu_smoke.py"]
+    own = ("test_gpu_smoke.py", Path(EIGHT_BIT_TESTS).name)  # which have parts of their own
+    return [str(f) for f in files if re.search(r"mark\.gpu|\bROOMS\b", f.read_text()) and f.name not in own]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

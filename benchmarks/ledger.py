@@ -4,8 +4,9 @@
     python benchmarks/ledger.py                                   # DiT-XL/2, 256 px, batch 32, an H200
     python benchmarks/ledger.py --blocks                          # equal blocks as one
     python benchmarks/ledger.py --mode full --device h100         # full fine-tuning, compiled
+    python benchmarks/ledger.py --mode fast-fp8 --device h100     # frozen weights multiplied in eight bits
     python benchmarks/ledger.py --choose linear_gelu=cublaslt dgelu_dgrad=cublaslt
-    python benchmarks/ledger.py --markdown                        # rewrite the tables of docs/performance.md
+    python benchmarks/ledger.py --markdown                        # rewrite the tables of docs/performance.md and eight-bit.md
     python benchmarks/ledger.py --check                           # write nothing; fail if they are not what it says
 
 **Everything here is predicted; nothing is measured, and no GPU is needed.** The launches are those of the code as it runs
@@ -27,6 +28,7 @@ import ledger_docs
 from ledger_costs import DEVICES, Launch
 from ledger_step import MODES, config_of, step, summary
 
+from difffit_fast import DiffFitError
 from difffit_fast._files import write_text
 
 
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--choose", nargs="+", default=[], metavar="OP=HOW", help="where the package times two ways")
     parser.add_argument("--blocks", action="store_true", help="print equal blocks once")
     parser.add_argument("--json", type=Path, help="write launches and sums there too")
-    parser.add_argument("--markdown", action="store_true", help="rewrite the tables of docs/performance.md")
+    parser.add_argument("--markdown", action="store_true", help="rewrite the tables of docs/")
     parser.add_argument("--check", action="store_true", help="fail if they are out of date; write nothing")
     parser.add_argument(
         "--save-before", action="store_true", help="keep today's predictions as what later ones compare with"
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     choices = dict(choice.split("=", 1) for choice in args.choose)
     try:
         found, host_ms = step(args.mode, config, args.batch_size, args.device, choices)
-    except LookupError as error:
+    except (LookupError, DiffFitError) as error:
         print(error.args[0], file=sys.stderr)
         return 1
     about = summary(found, host_ms, (args.device,))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import torch
 from ledger_trace import UPDATE, Call, Spec
 
 # -- the model of time -------------------------------------------------------------------------------------------------
@@ -29,12 +30,13 @@ class Device(NamedTuple):
     teraflops: float  # a second, dense bfloat16
     multiprocessors: int
     architecture: int
+    eight_bit: dict[str, float]  # tera-operations a second, dense, by what is multiplied
 
 
 DEVICES = {
-    "h100": Device(3.35, 989.4, 132, 90),
-    "h200": Device(4.8, 989.4, 132, 90),
-    "a100": Device(2.039, 312.0, 108, 80),
+    "h100": Device(3.35, 989.4, 132, 90, {"fp8": 1979.0, "int8": 1979.0}),
+    "h200": Device(4.8, 989.4, 132, 90, {"fp8": 1979.0, "int8": 1979.0}),
+    "a100": Device(2.039, 312.0, 108, 80, {"int8": 624.0}),
 }
 BANDWIDTH = 0.85  # of the datasheet's: what a pass over much memory reaches (a large copy: 0.9)
 START_US = 1.8  # every launch in a graph: start, first loads, last stores
@@ -42,10 +44,14 @@ START_US = 1.8  # every launch in a graph: start, first loads, last stores
 # (published for 8192³ in bfloat16 on random data: 700–790 of 989 TFLOP/s). Smaller tiles are slower, but may leave fewer
 # multiprocessors idle in the last wave; the best of these is taken.
 PRODUCT = 0.80
+# Eight-bit products are assumed to reach the same shares of their own rate; nothing published says so for these shapes.
 TILES = {(128, 256): 1.0, (128, 192): 0.97, (128, 128): 0.93, (128, 64): 0.80, (64, 64): 0.60}
 # From this K on the last wave may be cut along K instead: nobody idles, for a little more work. With fewer tiles than
 # multiprocessors the parts go through memory, and another launch adds them up.
 SPLIT_FROM, SPLIT = 4096, 0.95
+# What is left of the fp8 rate where sums are kept in float32 and each row has a scale, as ours: assumed, to be replaced by a
+# measurement. Reports go from no loss to several times slower, by shape and version (pytorch issue 147971, ao issue 2184).
+FP8_BY_ROWS = 0.75
 # Attention at head size 72, as a share of the datasheet's rate, the arithmetic counted without padding: (forward, backward)
 # up to 256 tokens and from 1024 on, in between by the logarithm. Estimates from published curves; what the library does
 # inside (a float32 dq that is cleared, added to and converted) is in them. For a kernel of this package count what it
@@ -75,6 +81,7 @@ class Launch(NamedTuple):
     op: str = ""
     shape: str = ""
     count: int = 1
+    multiplied: str = "bf16"  # what a product multiplies, or "fp8", "int8"
 
     def microseconds(self, device: str) -> float:
         about = DEVICES[device]
@@ -96,7 +103,10 @@ class Launch(NamedTuple):
             best = max(best, share * batch * m * n / (rows * cols * about.multiprocessors * math.ceil(waves)))
             if k >= SPLIT_FROM:
                 best = max(best, share * SPLIT * batch * m * n / (rows * cols * tiles))
-        return about.teraflops * PRODUCT * best
+        if self.multiplied == "bf16":
+            return about.teraflops * PRODUCT * best
+        slower = FP8_BY_ROWS if self.multiplied == "fp8" else 1.0
+        return about.eight_bit[self.multiplied] * slower * PRODUCT * best
 
 
 def _through_memory(batch: int, m: int, n: int, k: int) -> bool:
@@ -164,12 +174,12 @@ def _cat(call: Call) -> list[Launch]:
     return _one(call, _size(inputs) + _size(call.out), count=count)
 
 
-def product(call: Call, batch: int, m: int, n: int, k: int, bytes: int, name: str | None = None) -> list[Launch]:
+def product(call: Call, batch: int, m: int, n: int, k: int, bytes: int, multiplied: str = "bf16") -> list[Launch]:
     """One product, and where K is split the launch that adds the parts up (float32, left in L2)."""
     kind = "products" if min(m, n, k) >= 384 else "other products"  # those of the blocks are the large ones
     of = (batch, m, n, k)
     shape = f"{f'{batch}×' if batch > 1 else ''}{m}×{n}×{k}"
-    launches = [Launch(name or call.name, kind, bytes, 2.0 * batch * m * n * k, of, shape=shape)]
+    launches = [Launch(call.name, kind, bytes, 2.0 * batch * m * n * k, of, shape=shape, multiplied=multiplied)]
     if _through_memory(*of):
         launches.append(Launch("split-K sum", "other products", call.out[0].bytes, shape=shape))
     return launches
@@ -179,6 +189,13 @@ def _mm(call: Call) -> list[Launch]:
     a, b = call.tensors()[-2:]
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     return product(call, math.prod(a.shape[:-2]), m, n, k, _size(call.tensors()) + _size(call.out))
+
+
+def _eight_bit_mm(call: Call) -> list[Launch]:
+    """Of fp8 with scales for rows and columns, bfloat16 out; of int8 without, int32 out."""
+    a, b = call.args["self"], call.args["mat2"]
+    multiplied = "int8" if a.dtype == torch.int8 else "fp8"
+    return product(call, 1, a.shape[0], b.shape[1], a.shape[1], _size(call.tensors()) + _size(call.out), multiplied)
 
 
 def _attention_forward(call: Call) -> list[Launch]:
@@ -319,6 +336,7 @@ ATEN: dict[str, Rule] = {
     **dict.fromkeys(("cat", "stack"), _cat),
     **dict.fromkeys(("slice_backward", "select_backward"), _view_backward),
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _mm),
+    **dict.fromkeys(("_scaled_mm", "_int_mm"), _eight_bit_mm),
     **dict.fromkeys(("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention"), _attention_forward),
     "_scaled_dot_product_cudnn_attention_backward": _attention_backward,
     "_scaled_dot_product_flash_attention_backward": _attention_backward,
@@ -423,6 +441,8 @@ KERNELS: dict[str, Kernel] = {
     "modulation_backward": Kernel(
         "vectors", "dvectors m bias norm gamma beta", "dm dbias dnorm dgamma dbeta", part={"m": Fraction(2, 3)}
     ),
+    "quantize": Kernel("eight bits", "x", "q scale"),
+    "rescale": Kernel("eight bits", "product row column bias", "y"),
     "colsum": Kernel("sums", "x", "", "out", part={"x": _columns}),
     "finish": Kernel("sums", "", "out0 out1 out2 out3", "part0 part1 part2 part3", part=_FINISH),
 }

@@ -1,4 +1,5 @@
-"""The tables that the ledger writes into docs/performance.md, between ``<!-- ledger:begin NAME -->`` and ``… end NAME``.
+"""The tables that the ledger writes into docs/performance.md, between ``<!-- ledger:begin NAME -->`` and ``… end NAME``, and into
+docs/eight-bit.md, between ``<!-- eight-bit-ledger:begin -->`` and ``… end``.
 
 "before" is what ``--save-before`` kept in ``results/predicted/ledger-before.json``: predictions too, of the code as it was.
 """
@@ -12,17 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ledger_costs import KERNELS, Launch
+from ledger_costs import DEVICES, FP8_BY_ROWS, KERNELS, Launch
 from ledger_step import config_of, extrapolated, step, summary
 
 from difffit_fast._files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+EIGHT_BIT_PAGE = ROOT / "docs" / "eight-bit.md"
 BEFORE = ROOT / "benchmarks" / "results" / "predicted" / "ledger-before.json"
 MODEL, GPUS = "DiT-XL/2", ("h100", "h200")
 PROBLEMS = ((256, 8), (256, 32), (256, 128), (512, 8), (512, 32))  # image size, batch
 SHOWN, SHOWN_GPU = (256, 32), "h200"  # the problem of the detailed tables
+EIGHT_BIT_GPUS, EIGHT_BIT_BATCHES = ("h100", "h200", "a100"), (8, 32, 128)
+NOT_MEASURED = "not measured"
 
 
 def _name(problem: tuple[int, int]) -> str:
@@ -116,6 +120,64 @@ def blocks(found: list[Launch]) -> str:
     return _table("block | launches | MB | predicted µs | in order", rows())
 
 
+# -- eight bits --------------------------------------------------------------------------------------------------------
+Steps = dict[tuple[str, int, str], dict[str, Any]]  # (GPU, batch, "fast", "fast-fp8" or "fast-int8") -> its summary
+
+
+def eight_bit_steps(now: dict[str, Any]) -> Steps:
+    """``now``: the summaries of "fast" on Hopper by name, which are not traced again."""
+    found: Steps = {}
+    for gpus in (("h100", "h200"), ("a100",)):  # of one architecture
+        kinds = DEVICES[gpus[0]].eight_bit
+        for batch in EIGHT_BIT_BATCHES:
+            for mode in ("fast", *(f"fast-{kind}" for kind in kinds)):
+                known = now.get(_name((256, batch))) if mode == "fast" and gpus == GPUS else None
+                about = known or summary(*step(mode, config_of(MODEL, 256), batch, gpus[0]), gpus)
+                found |= {(gpu, batch, mode): about for gpu in gpus}
+    return found
+
+
+def eight_bit(found: Steps) -> str:
+    """One row for every GPU and batch, and what the shown step is made of."""
+    rate = DEVICES[SHOWN_GPU].eight_bit
+    says = (
+        f"{MODEL}, 256 px, a step in a CUDA graph. **Everything here is predicted** by `benchmarks/ledger.py`; the last "
+        f"columns have no\nnumbers yet. Eight-bit products are assumed to reach the share of the datasheet's rate "
+        f"({rate['int8']:.0f} TOP/s, A100 {DEVICES['a100'].eight_bit['int8']:.0f}) that\nbfloat16's reach of theirs, and "
+        f"those of fp8 {FP8_BY_ROWS:.0%} of that, for scales by rows and sums kept in float32."
+    )
+
+    def cells(key: tuple[str, int], mode: str) -> str:
+        about = found.get((*key, mode))
+        return (
+            f"{about['launches']}, {about['gigabytes']:.1f} GB, {about['ms'][key[0]]:.1f} ms" if about else "not there"
+        )
+
+    def ratio(key: tuple[str, int], mode: str) -> str:
+        about = found.get((*key, mode))
+        return f"{found[(*key, 'fast')]['ms'][key[0]] / about['ms'][key[0]]:.2f}" if about else ""
+
+    def rows() -> Iterator[list[str]]:
+        for gpu in EIGHT_BIT_GPUS:
+            for batch in EIGHT_BIT_BATCHES:
+                key = gpu, batch
+                yield [
+                    f"{gpu.upper()}, batch {batch}", *(cells(key, mode) for mode in ("fast", "fast-fp8", "fast-int8")),
+                    ratio(key, "fast-fp8"), ratio(key, "fast-int8"), NOT_MEASURED,
+                ]  # fmt: skip
+
+    head = "predicted: launches, GB, ms | bf16 | fp8 | int8 | bf16 / fp8 | bf16 / int8 | measured ms: bf16, fp8, int8"
+    sides = [found[SHOWN_GPU, SHOWN[1], mode] for mode in ("fast", "fast-fp8", "fast-int8")]
+
+    def kind_rows() -> Iterator[list[str]]:
+        for kind in dict.fromkeys(kind for side in sides for kind in side["kinds"]):
+            parts = [side["kinds"].get(kind) for side in sides]
+            yield [kind, *(f"{part['ms'][SHOWN_GPU]:.2f}" if part else "" for part in parts), NOT_MEASURED]
+
+    kind_head = f"predicted ms, {SHOWN_GPU.upper()}, batch {SHOWN[1]} | bf16 | fp8 | int8 | measured ms"
+    return f"{says}\n\n{_table(head, rows())}\n\n{_table(kind_head, kind_rows())}"
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 def insert(text: str, name: str, table: str) -> str:
     """``text`` with the lines between the markers of ``name`` replaced.
@@ -123,7 +185,11 @@ def insert(text: str, name: str, table: str) -> str:
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    begin, end = f"<!-- ledger:begin {name} -->", f"<!-- ledger:end {name} -->"
+    return between(text, f"<!-- ledger:begin {name} -->", f"<!-- ledger:end {name} -->", table)
+
+
+def between(text: str, begin: str, end: str, table: str) -> str:
+    """The same for any two markers."""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected one line {begin} and after it one line {end}")
     before, rest = text.split(begin)
@@ -149,9 +215,11 @@ def run(check: bool, save_before: bool) -> int:
         }
         BEFORE.parent.mkdir(parents=True, exist_ok=True)
         write_text(BEFORE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    eight = eight_bit(eight_bit_steps(now))
+    page, pages = PAGE, []
     try:
         before = json.loads(BEFORE.read_text())["steps"]
-        text = new = PAGE.read_text()
+        text = new = page.read_text()
         for name, table in (
             ("step", steps(now, before, full, frozen)),
             ("kinds", kinds(now, before, full, frozen)),
@@ -159,13 +227,18 @@ def run(check: bool, save_before: bool) -> int:
             ("blocks", blocks(shown)),
         ):
             new = insert(new, name, table)
+        pages.append((page, text, new))
+        page = EIGHT_BIT_PAGE
+        text = page.read_text()
+        new = between(text, "<!-- eight-bit-ledger:begin -->", "<!-- eight-bit-ledger:end -->", eight)
+        pages.append((page, text, new))
     except (OSError, ValueError) as error:
-        print(f"{PAGE}: {error}", file=sys.stderr)
+        print(f"{page}: {error}", file=sys.stderr)
         return 1
-    if check:
-        if new != text:
-            print(f"{PAGE}: its tables are not what the code launches; run python benchmarks/ledger.py --markdown")
-        return int(new != text)
-    if new != text:
-        write_text(PAGE, new)
-    return 0
+    stale = [(page, new) for page, text, new in pages if new != text]
+    for page, new in stale:
+        if check:
+            print(f"{page}: its tables are not what the code launches; run python benchmarks/ledger.py --markdown")
+        else:
+            write_text(page, new)
+    return int(check and bool(stale))

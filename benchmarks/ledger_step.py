@@ -7,12 +7,13 @@ from typing import Any
 from ledger_costs import HOST_US, Launch, host_milliseconds, launches
 from ledger_fusion import compiled
 from ledger_trace import UPDATE, trace_step
+from modes import is_ours
 
 from difffit_fast.models.sizes import model_sizes
 
-MODES = ("fast", "full", "frozen")
+MODES = ("fast", "fast-fp8", "fast-int8", "full", "frozen")
 KINDS = (
-    "products", "attention", "joins", "GELU", "vectors", "sums", "other products", "element-wise", "small", UPDATE,
+    "products", "eight bits", "attention", "joins", "GELU", "vectors", "sums", "other products", "element-wise", "small", UPDATE,
 )  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def step(
 ) -> tuple[list[Launch], float]:
     """The launches of a step and the milliseconds of the host in eager mode."""
     trace = trace_step(mode, config, batch, device, choices)
-    if mode.startswith("fast"):
+    if is_ours(mode):
         return launches(trace.calls), host_milliseconds(trace.calls, trace.ops)
     left = compiled(trace.calls)
     return left, sum(one.count for one in left) * HOST_US["call"] / 1e3

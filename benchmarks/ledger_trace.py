@@ -7,7 +7,8 @@ and types, no data. Only what needs a GPU has a stand-in, all of it in :func:`pr
 - our operations (``difffit_fast::…``) are not taken as a whole: their implementations run, down to the library calls;
 - Triton's kernels are noted instead of launched, with their arguments by name;
 - attention calls the library function that PyTorch would call on that device;
-- where two implementations would be timed against each other the default is taken, or the one asked for.
+- where two implementations would be timed against each other the default is taken, or the one asked for;
+- weights that are multiplied in eight bits have been quantized before the step, and their error, which wants data, is 0.
 
 Nothing here knows what a call costs: that is :mod:`ledger_costs`.
 """
@@ -27,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from modes import make_optimizer, step_parts
+from modes import frozen_dtype, is_ours, make_optimizer, step_parts
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from difffit_fast import DiT, FastDiffFitDiT
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
 from difffit_fast.models import fast_dit
+from difffit_fast.models.frozen_dtype import linears
 
 CUDA = torch.device("cuda", 0)
 CAPABILITY = {"h100": (9, 0), "h200": (9, 0), "a100": (8, 0)}
@@ -247,11 +249,17 @@ class _Together:
             return self.known[memory]
 
 
+def _memory(tensor: Tensor) -> int:
+    """In place of an address: a number for the memory of a tensor that has none."""
+    with _saying(None):
+        return tensor.untyped_storage()._cdata
+
+
 @contextlib.contextmanager
 def pretended_cuda(recorder: Recorder, device: str, choices: dict[str, str]) -> Iterator[None]:
     """What runs on ``_saying(CUDA)`` tensors sees a CUDA device of this kind."""
     from difffit_fast import _rooms, kernels
-    from difffit_fast.ops import linear_gelu, probe, stacked
+    from difffit_fast.ops import eight_bit, linear_gelu, probe, stacked
 
     capability = CAPABILITY[device]
 
@@ -278,10 +286,11 @@ def pretended_cuda(recorder: Recorder, device: str, choices: dict[str, str]) -> 
                 linear_gelu, refusal=lambda *_: None, cuda_ops=lambda: _cublaslt(recorder), _aligned=Tensor.contiguous
             )
         replace(stacked, together=_Together())  # there are no addresses to compare
-        replace(FakeTensor, device=property(_said_device))
+        replace(FakeTensor, device=property(_said_device), data_ptr=_memory)
+        replace(eight_bit, PLAIN=(*eight_bit.PLAIN, FakeTensor), emulated=lambda: False, _error=lambda *_: 0.0)
         replace(torch.backends.cudnn, is_available=lambda: True)
         replace(torch.cuda, get_device_capability=lambda _=None: capability, current_device=lambda: 0)
-        replace(torch.cuda, is_current_stream_capturing=lambda: False)
+        replace(torch.cuda, is_current_stream_capturing=lambda: False, get_device_name=lambda _=None: device.upper())
         replace(torch.nn.functional, scaled_dot_product_attention=_attention(capability))
         yield
 
@@ -294,7 +303,7 @@ def build(mode: str, config: dict[str, Any], recorder: Recorder) -> nn.Module:
         mock.patch.object(nn.Linear, "reset_parameters", lambda self: None),
         torch.device("meta"),
     ):
-        if mode.startswith("fast"):
+        if is_ours(mode):
             model: nn.Module = FastDiffFitDiT(**config, compute_dtype=torch.bfloat16)
         else:
             model = (PlainDiffFitDiT if mode.startswith("frozen") else DiT)(**config)
@@ -306,6 +315,17 @@ def build(mode: str, config: dict[str, Any], recorder: Recorder) -> nn.Module:
     return model.train()
 
 
+def _quantize(model: FastDiffFitDiT, kind: str) -> None:
+    """Make both copies of every weight, as the first step does on a device."""
+    from difffit_fast.ops.eight_bit import eight_bit_of
+
+    model.set_frozen_dtype(kind)
+    for _, linear in linears(model):
+        kept = eight_bit_of(linear.weight)
+        for backward in (False, True) if kept is not None else ():
+            kept.side(linear.weight, backward)
+
+
 def trace_step(
     mode: str, config: dict[str, Any], batch: int, device: str = "h200", choices: dict[str, str] | None = None,
     change: Callable[[nn.Module], None] | None = None,
@@ -313,10 +333,14 @@ def trace_step(
     """Every call of a training step that is not the first.
 
     Args:
-        mode: "fast", "full", "frozen": as in ``modes.py``, in eager mode; a captured step has the same launches.
+        mode: "fast", "fast-fp8", "fast-int8", "full", "frozen": as in ``modes.py``, in eager mode; a captured step has the same
+            launches.
         config: arguments of the DiT.
         choices: operation -> implementation, where the package would time two; the default is taken for the others.
         change: does something to the model before it runs (for tests).
+
+    Raises:
+        DiffFitError: the device has no such eight-bit products.
     """
     recorder = Recorder()
     side, channels = config.get("input_size", 32), config.get("in_channels", 4)
@@ -334,8 +358,10 @@ def trace_step(
             "target": torch.empty(batch, out, side, side),
         }
         with recorder, _saying(CUDA):
+            if frozen_dtype(mode) != "bf16":
+                _quantize(model, frozen_dtype(mode))
             params = [p for p in model.parameters() if p.requires_grad]
-            autocast = None if mode.startswith("fast") else torch.bfloat16
+            autocast = None if is_ours(mode) else torch.bfloat16
             ema = [torch.empty_like(p) for p in params]
             cpu = torch.device("cpu")  # for PyTorch's dispatcher and autocast, whatever the tensors say
             optimizer = make_optimizer(params, cpu)

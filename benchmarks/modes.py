@@ -1,7 +1,8 @@
 """The modes of speed.py: what a training step is in each of them.
 
 The first word of a name is what trains: ``full`` everything, ``frozen`` DiffFit's parameters in plain PyTorch, ``lora``,
-``fast`` ours. The others say how it runs: ``compile`` as a whole by torch.compile, ``blocks`` block by block (one block
+``fast`` ours, ``fast-fp8`` and ``fast-int8`` ours with the frozen weights of its blocks multiplied in eight bits. The others say
+how it runs: ``compile`` as a whole by torch.compile, ``blocks`` block by block (one block
 is compiled and serves them all), ``graph`` captured in a CUDA graph with optimizer and EMA, ``tf32``; eager without.
 
 All kinds start from the same weights and compute the same function (γ is 1, LayerNorm's scale and shift the identity).
@@ -24,29 +25,51 @@ from torch import Tensor, nn
 
 from difffit_fast import DiT, FastDiffFitDiT
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
+from difffit_fast.ops import eight_bit
 
 FULL = ("full", "full-blocks", "full-compile", "full-graph", "full-blocks-graph")  # what "the best full" is taken from
 FROZEN = ("frozen", "frozen-blocks", "frozen-compile", "frozen-graph", "frozen-blocks-graph")
 OURS = ("fast", "fast-compile", "fast-graph")
-MODES = (*FULL, "full-tf32", *FROZEN, "lora", *OURS)
+# Ours, but not the same numbers: compared with OURS, and never in their place.
+EIGHT_BIT = {"fp8": ("fast-fp8", "fast-fp8-graph"), "int8": ("fast-int8", "fast-int8-graph")}
+MODES = (*FULL, "full-tf32", *FROZEN, "lora", *OURS, *EIGHT_BIT["fp8"], *EIGHT_BIT["int8"])
+WAYS = ("compile", "blocks", "graph", "tf32")
 EMA_DECAY = 0.9999
 LORA_RANK = 16
 LORA_PREFIX = "base_model.model."
 
 
 def available_modes(device: torch.device) -> list[str]:
-    cuda = device.type == "cuda"
-    lora = importlib.util.find_spec("peft") is not None
-    return [m for m in MODES if (cuda or not {"graph", "tf32"} & set(ways(m))) and (m != "lora" or lora)]
+    return [m for m in MODES if why_not(m, device) is None]
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """What a mode needs that is not here, or None."""
+    if device.type != "cuda" and {"graph", "tf32"} & set(ways(name)):
+        return "needs CUDA"
+    if name == "lora" and importlib.util.find_spec("peft") is None:
+        return "needs peft"
+    kind = frozen_dtype(name)
+    return None if kind == "bf16" else eight_bit.refusal(kind, device)
 
 
 def ways(name: str) -> list[str]:
     """How a mode runs: the words behind its kind."""
-    return name.split("-")[1:]
+    return [word for word in name.split("-") if word in WAYS]
 
 
 def kind_of(name: str) -> str:
-    return name.split("-")[0]
+    return "-".join(word for word in name.split("-") if word not in WAYS)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a mode or kind trains a FastDiffFitDiT."""
+    return name.split("-")[0] == "fast"
+
+
+def frozen_dtype(name: str) -> str:
+    """That of a mode's or a kind's frozen weights, as FastDiffFitDiT calls it."""
+    return next((kind for kind in EIGHT_BIT if kind in name.split("-")), "bf16")
 
 
 def compiles(name: str) -> bool:
@@ -87,8 +110,9 @@ def base_state(config: dict[str, Any], device: torch.device) -> dict[str, Tensor
 def _build_model(kind: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
     base = base_state(config, device)
     with device:
-        if kind == "fast":
-            model: nn.Module = FastDiffFitDiT(**config, compute_dtype=None if dtype == torch.float32 else dtype)
+        if is_ours(kind):
+            compute_dtype = None if dtype == torch.float32 else dtype
+            model: nn.Module = FastDiffFitDiT(**config, compute_dtype=compute_dtype, frozen_dtype=frozen_dtype(kind))
         elif kind == "frozen":
             model = PlainDiffFitDiT(**config)
         else:
@@ -236,7 +260,7 @@ def build_mode(
     forward: Callable[..., Tensor] = _by_blocks(kind.model) if "blocks" in how else kind.model
     if "compile" in how:
         forward = torch.compile(kind.model)
-    autocast = dtype if dtype != torch.float32 and kind_of(name) != "fast" and not tf32 else None
+    autocast = dtype if dtype != torch.float32 and not is_ours(name) and not tf32 else None
     params, last = list(kind.trainable.values()), {}
     forward_backward, update = step_parts(
         forward, kind.optimizer(graph), kind.ema, params, autocast, device, batch, last, cache_casts=not graph

@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 # The first group one of whose words is in the (lower-case) name of a kernel or operator has it.
 GROUPS = {
     "ours": ("adaln", "residual", "gelu_backward_kernel", "gelu_forward_kernel", "colsum", "modulation",
-             "scale_qkv", "pack_dqkv", "finish_kernel", "difffit_fast"),
+             "scale_qkv", "pack_dqkv", "quantize_kernel", "rescale_kernel", "finish_kernel", "difffit_fast"),
     "attention": ("attention", "flash", "fmha", "sdpa", "cudnn_generated", "bmm"),
     "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "aten::mm", "aten::addmm", "linear_pointwise",
-                        "mkldnn"),
+                        "mkldnn", "int_mm", "scaled_mm", "qlinear"),
     "optimizer and EMA": ("adam", "lerp", "multi_tensor"),
     "copies and casts": ("memcpy", "memset", "copy", "aten::to", "aten::cat", "catarray", "fill", "zero"),
     "torch.compile": ("triton_", "cpp_fused"),

@@ -3,6 +3,7 @@
 
     python benchmarks/speed.py                                   # this machine's default, within three minutes
     python benchmarks/speed.py --modes all --seconds 0           # every mode, as long as it takes
+    python benchmarks/speed.py --modes fast fast-int8            # what products in eight bits give, and how far they are off
     python benchmarks/speed.py --model DiT-XL/2 --batch-size 32 --dtype bf16 --json out.json --equal-memory 24 80
 
 Every mode (modes.py) takes the same model, first weights, batch, precision and data; a step is forward, backward, fused AdamW

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from machine import synchronize
-from modes import LORA_PREFIX, Mode, base_state, kind_of, make_batch, ways
+from modes import LORA_PREFIX, Mode, base_state, frozen_dtype, kind_of, make_batch, ways
 from torch import Tensor
 
 from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
@@ -22,6 +22,10 @@ from difffit_fast.baselines.plain_difffit import PlainDiffFitDiT
 # fp32, lest a strong one be left out for its rounding: blocks compiled by Inductor for a CPU are off by 1.4e-3.
 TOLERANCE = {"fp32": 5e-3, "tf32": 2e-2, "bf16": 4e-2, "fp16": 4e-1}
 OURS_IN_FP32 = 2e-4
+# Frozen weights in eight bits: what is multiplied is rounded to 7 bits or to e4m3's 3 behind the first, whatever the dtype of the
+# rest, and a small gradient is the sum of much larger terms. Such an error bounds the cosine, too: above 0.995 and 0.98. Seen on
+# a CPU: 0.022 and 0.073. What is wrong by less is not seen here: that is for the tests of the operation.
+IN_EIGHT_BITS = {"int8": 0.1, "fp8": 0.2}
 FLOAT64_UP_TO = 200_000_000  # parameters
 
 
@@ -61,6 +65,8 @@ def make_reference(config: dict[str, Any], batch_size: int, device: torch.device
 
 def tolerance(name: str, dtype: str) -> float:
     """What is allowed to the mode ``name``."""
+    if frozen_dtype(name) in IN_EIGHT_BITS:
+        return max(TOLERANCE[dtype], IN_EIGHT_BITS[frozen_dtype(name)])
     if kind_of(name) == "fast" and dtype == "fp32":
         return OURS_IN_FP32
     return TOLERANCE["tf32" if "tf32" in ways(name) else dtype]
@@ -71,6 +77,12 @@ def relative_error(got: Tensor | None, true: Tensor) -> float:
         return float("inf")
     error = ((got.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30)).item()
     return error if error == error else float("inf")
+
+
+def cosine(got: Tensor | None, true: Tensor) -> float:
+    if got is None or got.shape != true.shape:
+        return -1.0
+    return torch.nn.functional.cosine_similarity(got.double().flatten(), true.double().flatten(), 0, 1e-30).item()
 
 
 def check(mode: Mode, reference: Reference, batch: dict[str, Tensor], allowed: float) -> dict[str, Any]:
@@ -88,6 +100,7 @@ def check(mode: Mode, reference: Reference, batch: dict[str, Tensor], allowed: f
         got = {n.removeprefix(LORA_PREFIX): g for n, g in mode.gradients().items()}
         shared = sorted(got.keys() & reference.gradients.keys())
         errors = {n: relative_error(got[n], reference.gradients[n]) for n in shared}
+        angles = [cosine(got[n], reference.gradients[n]) for n in shared]
         output = relative_error(mode.output()[:samples].to(reference.output.device), reference.output)
     finally:
         for key, value in batch.items():
@@ -96,7 +109,8 @@ def check(mode: Mode, reference: Reference, batch: dict[str, Tensor], allowed: f
     gradient = errors[worst] if worst else float("inf")
     return {
         "ok": output <= allowed and gradient <= allowed, "output": output, "gradient": gradient, "worst": worst,
-        "gradients_compared": len(errors), "tolerance": allowed, "reference": reference.dtype, "samples": samples,
+        "cosine": min(angles, default=-1.0), "gradients_compared": len(errors), "tolerance": allowed,
+        "reference": reference.dtype, "samples": samples,
     }  # fmt: skip
 
 

@@ -5,6 +5,9 @@ other: two of their order statistics enclose the true median with at least 95 % 
 distribution is (from the binomial distribution, and not before there are six rounds). A ratio is *settled* when its interval
 lies on one side of 1, or is no wider than 3 % to either side. speed.py looks after every round and stops when
 the ratios against the best full and the best frozen are settled, so an interval is a little optimistic.
+
+Modes in eight bits do not compute the same numbers and are never "ours". They have a ratio of their own, the time of ours over
+theirs: how many times faster than bfloat16's products they are.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ import math
 import statistics
 from typing import Any
 
-from modes import FROZEN, FULL, OURS
+from modes import EIGHT_BIT, FROZEN, FULL, OURS
 
 CONFIDENCE = 0.95
 NARROW = 0.03
-CLAIMS = ("vs_best_full", "vs_best_frozen")
+CLAIMS = ("vs_best_full", "vs_best_frozen", *(f"{kind}_vs_fast" for kind in EIGHT_BIT))
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -60,11 +63,11 @@ def ratios(modes: dict[str, Any], times: dict[str, list[float]], floor: dict[str
         other = best(modes, names)
         if other is None:
             continue
-        rounds = [a / b for a, b in zip(times[other], times[ours], strict=True)]
-        value = modes[other]["step_ms"]["median"] / modes[ours]["step_ms"]["median"]
-        interval = median_interval(rounds)
-        out[key] = {"of": other, "ratio": value} | {f"round_{k}": v / 1e3 for k, v in spread(rounds).items()}
-        out[key] |= {"interval": interval, "settled": settled(interval)}
+        out[key] = {"of": other} | times_faster(modes, times, ours, other)
+    for kind, names in EIGHT_BIT.items():
+        faster = best(modes, names)
+        if faster is not None:
+            out[f"{kind}_vs_fast"] = {"of": f"{faster} to {ours}"} | times_faster(modes, times, faster, ours)
     if "frozen_ms" in floor:
         out["step_over_floor"] = modes[ours]["step_ms"]["median"] / floor["frozen_ms"]
     memories = [modes[n]["peak_memory_bytes"] for n in FULL if n in modes]
@@ -72,6 +75,15 @@ def ratios(modes: dict[str, Any], times: dict[str, list[float]], floor: dict[str
     if mine and any(memories):
         out["memory_of_best_full"] = mine / min(m for m in memories if m)
     return out
+
+
+def times_faster(modes: dict[str, Any], times: dict[str, list[float]], mode: str, other: str) -> dict[str, Any]:
+    """The time of ``other`` over that of ``mode``, of the medians and by rounds."""
+    rounds = [a / b for a, b in zip(times[other], times[mode], strict=True)]
+    value = modes[other]["step_ms"]["median"] / modes[mode]["step_ms"]["median"]
+    interval = median_interval(rounds)
+    found = {"ratio": value} | {f"round_{k}": v / 1e3 for k, v in spread(rounds).items()}
+    return found | {"interval": interval, "settled": settled(interval)}
 
 
 def settled(interval: tuple[float, float] | None) -> bool:
@@ -82,6 +94,6 @@ def settled(interval: tuple[float, float] | None) -> bool:
 
 
 def all_settled(found: dict[str, Any]) -> bool:
-    """Whether the rounds so far allow the claims: every ratio there is against the best full and the best frozen."""
+    """Whether the rounds so far allow the claims: every ratio there is of :data:`CLAIMS`."""
     claims = [found[key] for key in CLAIMS if key in found]
     return bool(claims) and all(claim["settled"] for claim in claims)

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+from modes import frozen_dtype
+
 
 class Progress:
     """One line that is written over on a terminal; anywhere else a line now and then."""
@@ -60,6 +62,10 @@ def print_table(result: dict[str, Any]) -> None:
             print(f"{key:20} {value['ratio']:.2f}x ({value['of']}; {sure}; {rounds}{settled})")
         elif isinstance(value, float):
             print(f"{key:20} {value:.2f}")
+    for name, m in result["modes"].items():
+        if frozen_dtype(name) != "bf16":
+            off, cosine = m["check"]["gradient"], m["check"]["cosine"]
+            print(f"{name:20} not the same numbers: a gradient is off by {off:.1%}; least cosine {cosine:.4f}")
     for name, why in result["failed"].items():
         print(f"{name:20} no ratio: {why}" if name in result["without_ratio"] else f"{name:20} {why}")
     if result["not_asked_for"]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from floor import Floor
 from machine import DTYPES, device_name, synchronize, timed
-from modes import Kind, Mode, available_modes, build_mode, compiles, kind_of, make_batch, ways
+from modes import Kind, Mode, available_modes, build_mode, compiles, kind_of, make_batch, ways, why_not
 from speed_check import Reference, check, describe, make_reference, tolerance
 from speed_memory import equal_memory, measure_all, out_of_memory
 from speed_ratios import all_settled, ratios, spread
@@ -74,11 +74,10 @@ class Run:
         return result
 
     def possible(self) -> list[str]:
-        here = available_modes(self.device)
         for name in self.args.modes:
-            if name not in here:
-                self.failed[name] = "needs peft" if name == "lora" else "needs CUDA"
-        return [name for name in self.args.modes if name in here]
+            if (why := why_not(name, self.device)) is not None:
+                self.failed[name] = why
+        return [name for name in self.args.modes if name not in self.failed]
 
     def measure_memory(self, names: list[str]) -> list[str]:
         """Peaks of all modes; the names of those that can be built. What is compiled comes last: it may take all the time."""

@@ -63,6 +63,18 @@ def test_every_operation_at_a_tiny_size(load, tmp_path: Path) -> None:
     assert (tmp_path / "ops.png").stat().st_size > 1000
 
 
+def test_products_in_eight_bits_at_a_tiny_size(load, tmp_path: Path, monkeypatch) -> None:
+    """With emulated products, so that no processor lacks them."""
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "emulate")
+    common, kernels = load("common"), load("bench_eight_bit").KERNELS
+    words = [*TINY, "--dtypes", "bf16", "fp32", "--json", str(tmp_path / "eight_bit.json")]
+    assert common.main("eight_bit", kernels, None, words) == 0
+    rows = json.loads((tmp_path / "eight_bit.json").read_text())["rows"]
+    assert {r["kernel"] for r in rows} == set(kernels)
+    errors = {r["kernel"]: r["error"] for r in rows if r["variant"] == "ours" and r["dtype"] == "bf16"}
+    assert 1e-3 < errors["int8_D_to_4D_forward"] < errors["fp8_D_to_4D_forward"]  # it is not the plain product
+
+
 @pytest.mark.parametrize(
     ("kernel", "per_element"),  # bytes per element of (M, D), besides vectors: bf16 branches, float32 residual stream
     [
@@ -129,6 +141,7 @@ def test_gpu_lists_its_parts_and_runs_the_chain_on_the_cpu(tmp_path: Path) -> No
     listed = subprocess.run([*script, "--dry-run"], capture_output=True, text=True, check=True).stdout
     names = [line.split()[0] for line in listed.splitlines()]
     assert names[:5] == ["build", "smoke", "speed-256px-b32", "profile", "tests"] and names[-1] == "linear-gelu"
+    assert names[5:8] == ["eight-bit-tests", "eight-bit-256px-b32", "eight-bit-ops"]
     assert {"speed-256px-b8", "speed-256px-b128", "speed-512px-b8", "speed-512px-b32", "speed-256px-b32-whole"} <= set(
         names
     )
@@ -158,8 +171,10 @@ def test_both_lists_of_parts_have_the_same_names(load, tmp_path: Path) -> None:
     real, tiny = gpu.list_parts(tmp_path), gpu.list_parts(tmp_path, tiny=True)
     assert [p.name for p in real] == [p.name for p in tiny]
     assert real[0].environment["DIFFFIT_FAST_REQUIRE_EXT"] == "1" and real[0].vital
-    tested = next(p for p in real if p.name == "tests").command
-    assert {"test_gpu.py", "test_ops.py", "test_kernels.py", "test_cuda_kernels.py"} <= {Path(w).name for w in tested}
+    tested = {Path(w).name for w in next(p for p in real if p.name == "tests").command}
+    assert {"test_gpu.py", "test_ops.py", "test_kernels.py", "test_cuda_kernels.py"} <= tested
+    own = next(p for p in real if p.name == "eight-bit-tests").command  # which lose no other's results
+    assert "test_eight_bit.py" in {Path(w).name for w in own} - tested
 
 
 def test_results_are_packed_after_every_part_and_a_failed_build_ends_the_run(load, tmp_path: Path, capsys) -> None:
@@ -238,6 +253,46 @@ def test_a_run_is_complete_checked_and_prints_no_carriage_return(speed_run, load
     assert compared["frozen"] == compared["fast"] > compared["full"] > 10  # γ and LayerNorm only where they are
     assert all(mode["check"]["ok"] and mode["check"]["reference"] == "float64" for mode in written["modes"].values())
     assert not list(tmp_path.glob("*tmp*"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_modes_in_eight_bits_have_a_ratio_of_their_own(speed_run, load, monkeypatch, capsys, dtype: str) -> None:
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "emulate")
+    modes = ("full", "fast", "fast-fp8", "fast-int8")
+    result = speed_run("--modes", *modes, "fast-int8-graph", "--steps", "2", "--dtype", dtype).execute()
+    assert tuple(result["modes"]) == modes and result["failed"] == {"fast-int8-graph": "needs CUDA"}
+    checks = {name: mode["check"] for name, mode in result["modes"].items()}
+    assert checks["fast"]["gradient"] < checks["fast-int8"]["gradient"] < checks["fast-fp8"]["gradient"] < 0.15
+    assert checks["fast-int8"]["cosine"] > 0.995 and checks["fast-fp8"]["cosine"] > 0.98
+    assert result["ratios"]["ours"] == "fast" and result["ratios"]["vs_best_full"]["of"] == "full"
+    for kind in ("fp8", "int8"):
+        found, ms = result["ratios"][f"{kind}_vs_fast"], {n: m["step_ms"]["median"] for n, m in result["modes"].items()}
+        assert (
+            found["ratio"] == pytest.approx(ms["fast"] / ms[f"fast-{kind}"]) and found["of"] == f"fast-{kind} to fast"
+        )
+    load("speed_report").print_table(result)
+    assert "fast-int8            not the same numbers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bits_that_are_wrong_get_no_ratio(speed_run, load, monkeypatch, kind: str) -> None:
+    """Scales that are off, and a processor that has no such products."""
+    eight_bit = load("modes").eight_bit
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "emulate")
+    pick, rescale = eight_bit.pick, eight_bit.rescale
+
+    def off(product, row, column, bias, dtype):
+        return rescale(product, row, column * 1.3, bias, dtype)
+
+    monkeypatch.setattr(eight_bit, "pick", lambda stem, op, *like: off if op is rescale else pick(stem, op, *like))
+    result = speed_run("--modes", "fast", f"fast-{kind}", "--steps", "1").execute()
+    assert list(result["modes"]) == ["fast"] and list(result["without_ratio"]) == [f"fast-{kind}"]
+    assert "wrong numbers" in result["failed"][f"fast-{kind}"] and f"{kind}_vs_fast" not in result["ratios"]
+    monkeypatch.undo()
+    monkeypatch.setattr(eight_bit, "_cpu_has_int8", lambda: False)
+    run = speed_run("--modes", "fast", f"fast-{kind}")
+    assert run.possible() == ["fast"]
+    assert {"int8": "no int8 dot products", "fp8": "no float8"}[kind] in run.failed[f"fast-{kind}"]
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])

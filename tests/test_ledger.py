@@ -36,6 +36,12 @@ PINNED = {
     "block 0 backward": (10, 306.6),
     "optimizer and EMA": (4, 50.4),
 }
+# Of a block in eight bits; what is outside the blocks is as above. Four products each way: fp8 quantizes what is multiplied and
+# adds fc1's bias in a pass of its own, int8 quantizes and rescales.
+PINNED_EIGHT_BIT = {
+    "fast-fp8": {"block 2 forward": (13, 276.0), "block 2 backward": (14, 333.2)},
+    "fast-int8": {"block 2 forward": (16, 408.1), "block 2 backward": (18, 465.3)},
+}
 PINNED_XL = {"launches": 625, "forward and backward": 608, "gigabytes": 55.60}  # DiT-XL/2, 256 px, batch 32
 
 
@@ -59,12 +65,33 @@ def found(ledger) -> list[Any]:
 
 
 # -- what is counted -------------------------------------------------------------------------------------------------
-def test_launches_and_bytes_of_every_part(found) -> None:
+def by_part(found: list[Any]) -> dict[str, tuple[int, float]]:
     launches, bytes = Counter(), Counter()
     for one in found:
         launches[one.where] += one.count
         bytes[one.where] += one.bytes
-    assert {where: (launches[where], round(bytes[where] / 1e6, 1)) for where in launches} == PINNED
+    return {where: (launches[where], round(bytes[where] / 1e6, 1)) for where in launches}
+
+
+def test_launches_and_bytes_of_every_part(found) -> None:
+    assert by_part(found) == PINNED
+
+
+@pytest.mark.parametrize("mode", PINNED_EIGHT_BIT)
+def test_launches_and_bytes_in_eight_bits(ledger, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Weights are not quantized in the step, whatever this machine would do in place of such products."""
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "emulate")
+    found, _ = ledger.step.step(mode, config(), BATCH)
+    parts, names = by_part(found), Counter(one.name for one in found)
+    assert {where: parts[where] for where in PINNED_EIGHT_BIT[mode]} == PINNED_EIGHT_BIT[mode]
+    assert all(parts[where] == pinned for where, pinned in PINNED.items() if not where.startswith("block"))
+    products = 2 * 4 * DEPTH
+    assert names["quantize"] == products == names["_scaled_mm" if mode == "fast-fp8" else "_int_mm"]
+    assert names["rescale"] == (0 if mode == "fast-fp8" else products)
+    elements = BATCH * 256 * 1152
+    assert min(o.bytes for o in found if o.name == "quantize") == pytest.approx(3 * elements, rel=0.002)
+    if mode == "fast-int8":
+        assert min(o.bytes for o in found if o.name == "rescale") == pytest.approx(6 * elements, rel=0.002)
 
 
 @pytest.mark.slow
@@ -114,6 +141,28 @@ def test_a_kernel_argument_that_is_not_declared_is_an_error(ledger) -> None:
     call = ledger.trace.Call("gelu_forward", True, {"u": tensor, "g": tensor, "mask": tensor}, [], "head and loss")
     with pytest.raises(LookupError, match="mask"):
         ledger.costs.launches([call])
+
+
+@pytest.mark.parametrize("device", ["h100", "h200", "a100"])
+def test_an_eight_bit_product_takes_half_the_time(ledger, device: str) -> None:
+    """Where it is bound by arithmetic; fp8 but for what its scales and sums are assumed to cost."""
+
+    def us(multiplied: str) -> float:
+        m, n, k = 8192, 3456, 1152
+        one = ledger.costs.Launch("", "products", 0, 2.0 * m * n * k, (1, m, n, k), multiplied=multiplied)
+        return one.microseconds(device) - ledger.costs.START_US
+
+    assert us("int8") / us("bf16") == pytest.approx(0.5, rel=1e-3)
+    if device != "a100":
+        assert us("fp8") / us("bf16") == pytest.approx(0.5 / ledger.costs.FP8_BY_ROWS, rel=1e-3)
+
+
+def test_what_a_device_cannot_multiply_is_said(ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--depth", "1", "--batch-size", "1", "--device", "a100"]
+    assert ledger.ledger.main([*words, "--mode", "fast-fp8"]) == 1
+    assert "A100 (sm_80) has no fp8 arithmetic" in capsys.readouterr().err
+    assert ledger.ledger.main([*words, "--mode", "fast-int8"]) == 0
+    assert "_int_mm" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -183,6 +232,11 @@ def test_the_docs_are_about_this_code(ledger) -> None:
     """The tables carry the counts pinned here; ``--check``, which takes a minute, compares all of them."""
     page = ledger.docs.PAGE.read_text(encoding="utf-8")
     assert page.count(f"→ {PINNED_XL['launches']} |") == len(ledger.docs.PROBLEMS) * len(ledger.docs.GPUS)
+    eight = ledger.docs.EIGHT_BIT_PAGE.read_text(encoding="utf-8")
+    assert eight.count(f"| {PINNED_XL['launches']}, ") == len(ledger.docs.EIGHT_BIT_GPUS) * len(
+        ledger.docs.EIGHT_BIT_BATCHES
+    )
+    assert "predicted" in eight and ledger.docs.NOT_MEASURED in eight
     assert json.loads(ledger.docs.BEFORE.read_text(encoding="utf-8"))["predicted"] is True
     with pytest.raises(ValueError, match="ledger:begin step"):
         ledger.docs.insert("no markers", "step", "")
