@@ -294,10 +294,10 @@ def _multiply(x: Tensor, side: Side, kept: EightBit, bias: Tensor | None) -> Ten
     if kept.kind == "fp8":
         # Sums of gradients, too, are kept in float32 all the way: no fast accumulation.
         y = torch._scaled_mm(
-            q, side.values.t(), scale_a=row[:, None], scale_b=side.scale[None, :], out_dtype=torch.bfloat16,
-            use_fast_accum=False,
+            q, side.values.t(), scale_a=row[:, None], scale_b=side.scale[None, :],
+            bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=False,
         )  # fmt: skip
-        return (y if bias is None else y + bias).to(x.dtype)
+        return y.to(x.dtype)
     return to_rows(_integers(q, side), row, side.scale, bias, x.dtype)
 
 
