@@ -248,7 +248,7 @@ def training_table(plan: Spec, runs: dict[str, dict[int, dict[str, Any]]]) -> st
 
 def draw(plan: Spec, runs: dict[str, dict[str, Any]], path: Path) -> None:
     def figure(plt: Any) -> Any:
-        fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+        fig, axes = plt.subplots(1, 2, figsize=(12, 4), sharex=True)
         for number, (name, run) in enumerate(runs.items()):
             middles = [(i + 0.5) * 1000 / len(run["bins"]) for i in range(len(run["bins"]))]
             for axis, which in zip(axes, ("median", "least"), strict=True):
@@ -256,7 +256,7 @@ def draw(plan: Spec, runs: dict[str, dict[str, Any]], path: Path) -> None:
                 axis.plot(middles, values, label=name, marker="o", markersize=3, color=f"C{number}")
         for axis, which in zip(axes, ("median over tensors", "worst tensor"), strict=True):
             axis.set(yscale="log", xlabel="timestep", title=f"1 − cosine, {which}")
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         fig.tight_layout()
         return fig
 

@@ -37,7 +37,9 @@ class Interval(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        digits = max(0, 2 - math.floor(math.log10(self.half))) if 0 < self.half < math.inf else 3
+        if self.half == math.inf:
+            return f"{self.mean:.3f} (one run)"
+        digits = max(0, 2 - math.floor(math.log10(self.half))) if self.half > 0 else 3
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
 
