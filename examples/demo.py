@@ -43,7 +43,7 @@ BATCH = 32
 CAREFUL = 1e-5  # so few images want a smaller rate than the one that a DiT is trained with
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "difffit": ("DiffFit, as set by default", {"method": "difffit"}),
-    "full": ("full, DiT's rate 1e-4", {"method": "full"}),
+    "full": ("full, DiT's rate 1e-4", {"method": "full", "lr": 1e-4}),
     "full_careful": (f"full, a tenth of that, {CAREFUL:g}", {"method": "full", "lr": CAREFUL}),
 }
 

@@ -1,4 +1,4 @@
-"""The Python of docs/diffusers.md, docs/many.md and docs/eight-bit.md runs as it stands, on tiny models in place of those that are published."""
+"""The Python of docs/diffusers.md, docs/many.md and docs/eight-bit.md runs as it stands, on tiny models for those published."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_each_has_a_recipe_that_the_trainer_accepts(name):
     config = TrainConfig.load(path)
     split = next(iter(DATASETS[name].splits))
     assert config.num_classes == DATASETS[name].splits[split].totals[0]
-    assert (config.max_steps, config.global_batch_size, config.learning_rate) == (24_000, 32, 1e-3)
+    assert (config.max_steps, config.global_batch_size, config.learning_rate(10_000)) == (24_000, 32, 1e-3)
     assert (config.method, config.difffit, config.model, config.image_size) == ("difffit", "paper", "DiT-XL/2", 256)
     assert (config.num_sampling_steps, config.cfg_scale) == (50, 1.5)
     assert config.data_path == f"prepared/{name}/train"

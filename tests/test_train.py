@@ -73,10 +73,16 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> 
     assert TrainConfig.load(tmp_path / "saved.yaml") == config
 
 
-def test_default_learning_rates() -> None:
-    rates = {method: TrainConfig(method=method).learning_rate for method in ("difffit", "bitfit", "full", "lora")}
-    assert rates == {"difffit": 1e-3, "bitfit": 1e-3, "full": 1e-4, "lora": 1e-4}
-    assert TrainConfig(method="full", lr=0.5).learning_rate == 0.5
+def test_default_learning_rates_and_steps() -> None:
+    methods = ("difffit", "bitfit", "adapter", "full", "lora")
+    for images, rates in ((20, (3e-4, 3e-4, 3e-4, 1e-5, 3e-4)), (51, (1e-3, 1e-3, 1e-3, 1e-4, 1e-4))):
+        assert tuple(TrainConfig(method=method).learning_rate(images) for method in methods) == rates
+    assert TrainConfig(method="full", lr=0.5).learning_rate(1) == 0.5
+    steps = {images: TrainConfig().total_steps(images) for images in (1, 200, 5_000, 75_750)}
+    assert steps == {1: 200, 200: 200, 5_000: 5_000, 75_750: 24_000}
+    assert TrainConfig(global_batch_size=256).total_steps(75_750) == 3_000
+    assert TrainConfig(global_batch_size=7).total_steps(1) == 915 and TrainConfig(max_steps=3).total_steps(9) == 3
+    assert TrainConfig(epochs=2, global_batch_size=8).total_steps(9) == 3
 
 
 @pytest.mark.parametrize(
@@ -563,7 +569,7 @@ def test_resume_chooses_the_run_with_the_same_settings(images: Path, tmp_path: P
     _, first = train(images, tmp_path, max_steps=4)
     _, second = train(images, tmp_path, max_steps=4, lr=1e-4, resume="auto")
     assert second.folder.name == "001-DiT-custom"
-    assert "lr: 0.001 -> 0.0001" in (second.folder / "log.txt").read_text()
+    assert "lr: 0.0003 -> 0.0001" in (second.folder / "log.txt").read_text()
     _, third = train(images, tmp_path, max_steps=6, resume="auto")
     assert third.folder == first.folder and third.step == 6
     assert "Resumed from step 4" in (first.folder / "log.txt").read_text()

@@ -41,9 +41,14 @@ from .schedule import SCHEDULES
 from .settings import flag, option, settings_of
 
 # The learning rates that the paper and the public scripts use: ten times higher where little is trained.
-DEFAULT_LR = {"full": 1e-4, "lora": 1e-4}
-DEFAULT_LR_SMALL = 1e-3
-DEFAULT_STEPS = 24_000  # the transfer protocol of the literature
+# Learning rates by method, where there are many images: what was published; and few: what docs/experiments.md found best.
+DEFAULT_LR = {"full": (1e-4, 1e-5), "lora": (1e-4, 3e-4)}
+DEFAULT_LR_SMALL = (1e-3, 3e-4)  # of methods that train few parameters
+FEW = 50  # images, at most
+DEFAULT_STEPS = (
+    24_000  # the transfer protocol of the literature, of batches of 32; fewer images are seen 32 times each,
+)
+LEAST_STEPS = 200  # in so many steps at least
 DEFAULT_WORKERS = 4  # that prepare batches, at most
 
 _data, _model, _optimisation, _run = (partial(option, group) for group in ("data", "model", "optimisation", "run"))
@@ -134,7 +139,8 @@ class TrainConfig:
     accumulate: int = _optimisation(
         1, "parts that a process works through its share of the batch in", steers=True, bounds=BATCH)
     lr: float | None = _optimisation(
-        None, "learning rate (default: 1e-3; full and lora: 1e-4)", steers=True, bounds=POSITIVE)
+        None, f"learning rate (default: 1e-3, full and lora 1e-4; of up to {FEW} images 3e-4, full 1e-5)",
+        steers=True, bounds=POSITIVE)
     weight_decay: float = _optimisation(0.0, "AdamW's weight decay", steers=True, bounds=NOT_NEGATIVE)
     warmup_steps: int = _optimisation(0, "steps of linear warm-up", steers=True, bounds=FROM_ZERO)
     lr_schedule: str = _optimisation(
@@ -145,7 +151,8 @@ class TrainConfig:
     ema_decay: float = _optimisation(
         0.9999, "decay of the averaged weights, after its own warm-up", steers=True, bounds=FRACTION)
     max_steps: int | None = _optimisation(
-        None, f"steps to train (default: {DEFAULT_STEPS})", steers=False, bounds=FROM_ONE, rival="epochs")
+        None, f"steps to train (default: of 32 images, as many as there are images, at least {LEAST_STEPS} and at most "
+        f"{DEFAULT_STEPS}; of larger batches as many fewer)", steers=False, bounds=FROM_ONE, rival="epochs")
     epochs: int | None = _optimisation(
         None, "passes over the data, instead of --max-steps", steers=False, bounds=IMAGES, rival="max_steps")
     # the run
@@ -244,10 +251,18 @@ class TrainConfig:
             raise DiffFitError(f"--fsdp is for --method full; {self.method} has too little to shard")
         return self
 
-    @property
-    def learning_rate(self) -> float:
-        """``lr``, or the method's default."""
-        return self.lr if self.lr is not None else DEFAULT_LR.get(self.method, DEFAULT_LR_SMALL)
+    def learning_rate(self, images: int) -> float:
+        """``lr``, or the method's default for so many images."""
+        many, few = DEFAULT_LR.get(self.method, DEFAULT_LR_SMALL)
+        return self.lr if self.lr is not None else few if images <= FEW else many
+
+    def total_steps(self, images: int) -> int:
+        """Steps to train, of so many images: ``max_steps``, those of ``epochs``, or the default."""
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.epochs is not None:
+            return max(1, -(-self.epochs * images // self.global_batch_size))
+        return max(1, -(-32 * min(DEFAULT_STEPS, max(LEAST_STEPS, images)) // self.global_batch_size))
 
     @property
     def _also_steering(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from ..models.fast_dit import FastDiffFitDiT
 from ..models.frozen_dtype import patterns
 from ..models.sizes import model_name
 from .captured import choose_capture
-from .config import DEFAULT_STEPS, TrainConfig
+from .config import TrainConfig
 from .labels import Classes, choose_classes, class_names_of
 from .methods import build_model, objective_of, read_base, trains_whole
 from .objective import DTYPES, Objective, choose_precision
@@ -85,7 +85,7 @@ def assemble(
         raise DiffFitError("--best-by val needs validation data: give --val-path or --val-fraction; got neither")
     effective = config.replace(
         image_size=source.data.image_size, vae=source.vae, num_classes=len(classes.names), objective=objective.name,
-        lr=config.learning_rate, max_steps=_total_steps(config, len(stream)), epochs=None,
+        lr=config.learning_rate(len(stream)), max_steps=config.total_steps(len(stream)), epochs=None,
         class_dropout_prob=stream.drop_prob,
     )  # fmt: skip
     origin = "" if given else _origin(config, model)
@@ -232,9 +232,3 @@ def _label_dropout(config: TrainConfig, model: nn.Module) -> float:
             raise DiffFitError(f"--class-dropout-prob is {asked}, but the model has no null class")
         return 0.0
     return getattr(model, "class_dropout_prob", 0.1) if asked is None else asked
-
-
-def _total_steps(config: TrainConfig, images: int) -> int:
-    if config.epochs is not None:
-        return max(1, -(-config.epochs * images // config.global_batch_size))
-    return config.max_steps or DEFAULT_STEPS

@@ -151,7 +151,7 @@ class Stepper:
         config = self.config
         if config.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), config.max_grad_norm, self._norm)
-        rate = config.learning_rate * rate_factor(step, config.warmup_steps, self.total_steps, config.lr_schedule)
+        rate = config.lr * rate_factor(step, config.warmup_steps, self.total_steps, config.lr_schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

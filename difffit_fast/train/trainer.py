@@ -109,7 +109,7 @@ class Trainer:
         self.config, self.model, self.parameters = parts.config, parts.model, parts.parameters
         self.objective, self.stream, self.validation = parts.objective, parts.stream, parts.validation
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
+            self.parameters.values(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
         )
         self.ema = EMA(self.parameters.items(), self.config.ema_decay)
         self.stepper = Stepper(parts, self.optimizer, self.world, lambda text: self.tracker.say(text))

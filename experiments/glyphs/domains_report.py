@@ -19,9 +19,9 @@ Run = dict[str, Any]
 Runs = dict[str, dict[str, dict[str, dict[int, Run]]]]  # images shown -> domain -> method -> seed -> run
 
 LABELS = {
-    "none": "the base, not adapted", "difffit": "DiffFit", "difffit_default": "DiffFit, as set by default",
+    "none": "the base, not adapted", "difffit": "DiffFit", "difffit_default": "DiffFit, rate 1e-3",
     "difffit_block": "DiffFit, preset block", "difffit_minimax": "DiffFit, preset minimax", "gamma": "γ alone",
-    "bitfit": "BitFit", "lora": "LoRA, rank 8", "adapter": "AdaptFormer", "full": "full", "full_default": "full, DiT's rate",
+    "bitfit": "BitFit", "lora": "LoRA, rank 8", "adapter": "AdaptFormer", "full": "full", "full_default": "full, rate 1e-4",
 }  # fmt: skip
 AGAINST = (
     "full",
@@ -96,7 +96,7 @@ def care_table(plan: Spec, best: Chosen) -> str:
     shown = [str(n) for n in plan["shown"]]
     rows = [
         [LABELS.get(name, name), *(f"{best[name, n][0]:g} × {best[name, n][1]}" if (name, n) in best else "–" for n in shown),
-         "not chosen: the default" if method.get("care") == "none" else ", ".join(f"{r:g}" for r in method["rates"])]
+         "not chosen: as published" if method.get("care") == "none" else ", ".join(f"{r:g}" for r in method["rates"])]
         for name, method in plan["methods"].items()
     ]  # fmt: skip
     head = ["method", *(f"{n} images: rate × steps" for n in shown), "rates tried"]
