@@ -90,9 +90,11 @@ _FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 1
 # Rotating rows, a program each: rows, columns of a piece, warps. Of narrower pieces Triton makes code that spills.
 _ROTATION = {INTERPRETER: (16, 512, 4), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8), 120: (1, 2048, 8)}
 
-# GELU's rows in eight bits, 4D wide, one at once: warps and programs per multiprocessor forward, and backward, where the sums of
-# all columns lie in registers too.
-_GELU_ROWS = {INTERPRETER: (4, 4, 4, 4), 80: (4, 6, 8, 2), 90: (4, 6, 8, 2), 100: (4, 6, 8, 2), 120: (4, 6, 8, 2)}
+# GELU's rows in eight bits, 4D wide, one at once: columns of a piece and programs per multiprocessor forward; warps and programs
+# backward, where the sums of all columns lie in registers too.
+_GELU_ROWS = {
+    INTERPRETER: (512, 4, 4, 4), 80: (1024, 6, 8, 2), 90: (1024, 6, 8, 2), 100: (1024, 6, 8, 2), 120: (1024, 6, 8, 2),
+}  # fmt: skip
 
 # Attention kernels, for heads of up to so many channels: rows of the block that a program owns, rows of a block that it walks
 # over, warps, stages of the pipeline that loads those. Long blocks of a program's own are worth their registers, since all
@@ -152,7 +154,9 @@ def registers(plan: Plan, arch: int) -> int:
 @cache
 def gelu_rows_plan(backward: bool, arch: int, N: int, vector: int) -> Plan:
     """Plan of GELU, or its backward, of whole rows of width N."""
-    warps, programs = _GELU_ROWS[arch][2:] if backward else _GELU_ROWS[arch][:2]
+    piece, forward, warps, programs = _GELU_ROWS[arch]
+    if not backward:
+        warps, programs = piece // (32 * vector), forward
     while warps > 1 and 16 * vector * warps >= N:  # narrower rows
         warps //= 2
     rows = 16 if arch == INTERPRETER else 1

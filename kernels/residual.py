@@ -288,7 +288,7 @@ def residual_adaln_forward(
         return y, h, x.new_zeros((B, T), dtype=torch.float32), x.new_zeros((B, T), dtype=torch.float32), *h_scale
     mean = torch.empty((B, T), dtype=torch.float32, device=x.device)
     rstd = torch.empty((B, T), dtype=torch.float32, device=x.device)
-    plan = row_plan("residual_adaln_forward", architecture(x.device), D, vector(x, branch))
+    plan = row_plan("residual_adaln_forward", architecture(x.device), D, vector(x, branch, *h_scale))
     chunk_rows, chunks = chunks_of(T, plan, B)
     launch(
         _residual_adaln_forward_kernel, B * chunks, x.device, x, branch, gate, bias, scale, shift, y, h, *(h_scale or [None]),
@@ -322,7 +322,7 @@ def residual_adaln_backward(
     if y.numel() == 0:
         return dx, dbranch, y.new_zeros((4, B, D), dtype=torch.float32), *dbranch_scale
     arch = architecture(y.device)
-    plan = row_plan("residual_adaln_backward", arch, D, vector(y, branch))
+    plan = row_plan("residual_adaln_backward", arch, D, vector(y, branch, *dbranch_scale))  # in fp8 as beside float32: registers
     limit = {"maxnreg": registers(plan, arch)} if fp8 else {}
     chunk_rows, chunks = chunks_of(T, plan, B)
     sums = torch.empty((4, B, chunks, D), dtype=torch.float32, device=y.device)
