@@ -322,7 +322,8 @@ def residual_adaln_backward(
     if y.numel() == 0:
         return dx, dbranch, y.new_zeros((4, B, D), dtype=torch.float32), *dbranch_scale
     arch = architecture(y.device)
-    plan = row_plan("residual_adaln_backward", arch, D, vector(y, branch, *dbranch_scale))  # in fp8 as beside float32: registers
+    # In fp8 a thread has as many values as beside a float32 stream: of more the compiler would spill.
+    plan = row_plan("residual_adaln_backward", arch, D, vector(y, branch, *dbranch_scale))
     limit = {"maxnreg": registers(plan, arch)} if fp8 else {}
     chunk_rows, chunks = chunks_of(T, plan, B)
     sums = torch.empty((4, B, chunks, D), dtype=torch.float32, device=y.device)
