@@ -421,13 +421,15 @@ KERNELS: dict[str, Kernel] = {
     "adaln_backward": Kernel("joins", "dh x scale mean rstd", "dx", "dscale dshift"),
     "residual_forward": Kernel("joins", "x branch gate bias", "y"),
     "residual_backward": Kernel("joins", "dy branch gate", "dbranch", "dgate dbias"),
-    "residual_adaln_forward": Kernel("joins", "x branch gate bias scale shift", "y h mean rstd"),
+    "residual_adaln_forward": Kernel("joins", "x branch gate bias scale shift", "y h h_scale mean rstd"),
     "residual_adaln_backward": Kernel(
-        "joins", "dh dy y branch gate scale mean rstd", "dx dbranch", "dgate dbias dscale dshift"
+        "joins", "dh dy y branch gate scale mean rstd", "dx dbranch dbranch_scale", "dgate dbias dscale dshift"
     ),
     "gelu_forward": Kernel("GELU", "u", "g"),
     "gelu_bias_forward": Kernel("GELU", "u bias", "g"),
     "gelu_backward": Kernel("GELU", "dg u bias", "du", "db"),
+    "gelu_fp8_forward": Kernel("GELU", "u bias", "g g_scale"),
+    "gelu_fp8_backward": Kernel("GELU", "dg u bias", "du du_scale", "db"),
     "attention_forward": Kernel("attention", "z vectors", "o lse", flops=_attention_flops(2), attention=_ours(0)),
     "attention_dq": Kernel(
         "attention", "do z vectors o lse", "delta dz", "part", {"dz": Fraction(1, 3)}, _attention_flops(3), _ours(1)

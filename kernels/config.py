@@ -90,6 +90,12 @@ _FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 1
 # Rotating rows, a program each: rows, columns of a piece, warps. Of narrower pieces Triton makes code that spills.
 _ROTATION = {INTERPRETER: (16, 512, 4), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8), 120: (1, 2048, 8)}
 
+# GELU's rows in eight bits, 4D wide, one at once: columns of a piece and programs per multiprocessor forward; warps and programs
+# backward, where the sums of all columns lie in registers too.
+_GELU_ROWS = {
+    INTERPRETER: (512, 4, 4, 4), 80: (1024, 6, 8, 2), 90: (1024, 6, 8, 2), 100: (1024, 6, 8, 2), 120: (1024, 6, 8, 2),
+}  # fmt: skip
+
 # Attention kernels, for heads of up to so many channels: rows of the block that a program owns, rows of a block that it walks
 # over, warps, stages of the pipeline that loads those. Long blocks of a program's own are worth their registers, since all
 # that streams past is read once for each of them; but two programs or more on a multiprocessor come first, for there are few
@@ -135,6 +141,26 @@ def quantize_plan(arch: int, D: int, vector: int, turn: bool) -> Plan:
         rows, cols, warps = _ROTATION[arch]
         return Plan(rows, cols, 1, warps, 0)
     return row_plan("adaln_forward", arch, D, vector)
+
+
+@cache
+def registers(plan: Plan, arch: int) -> int:
+    """Most registers a thread may have for all programs of ``plan`` to be resident at once: for kernels that the compiler would
+    give a few too many."""
+    resident = -(-plan.programs // _MULTIPROCESSORS[arch])
+    return min(65536 // (32 * plan.warps * resident) // 8 * 8, 255)
+
+
+@cache
+def gelu_rows_plan(backward: bool, arch: int, N: int, vector: int) -> Plan:
+    """Plan of GELU, or its backward, of whole rows of width N."""
+    piece, forward, warps, programs = _GELU_ROWS[arch]
+    if not backward:
+        warps, programs = piece // (32 * vector), forward
+    while warps > 1 and 16 * vector * warps >= N:  # narrower rows
+        warps //= 2
+    rows = 16 if arch == INTERPRETER else 1
+    return Plan(rows, 32 * vector * warps, 1, warps, programs * _MULTIPROCESSORS[arch])
 
 
 @cache

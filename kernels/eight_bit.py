@@ -6,8 +6,8 @@
 A row with a value that is not finite has the scale NaN. Rotated: each BLOCK channels times a Hadamard matrix over √BLOCK, by
 log₂ BLOCK additions of each value.
 
-Bytes per element in bfloat16: quantizing 3 (reads x, writes q); rescale 6 (reads int32, writes y). :func:`quantized` is for the
-kernels that hold a row anyway: there the reading costs nothing.
+Bytes per element in bfloat16: quantizing 3 (reads x, writes q); rescale 6 (reads int32, writes y). Kernels that hold a row
+anyway (``residual``, ``frozen_mlp``) end in :func:`quantize_rows`: 1, and the row is neither written in bfloat16 nor read.
 
 Who owns what: a program of quantizing owns ROWS rows; one of rescale a tile, as the kernels of ``frozen_mlp``.
 """
@@ -25,6 +25,7 @@ _LEAST = tl.constexpr(1e-30)  # a row whose largest value is less is all zeros
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: a sum with it is rounded to an integer, ties to even
 _SMALL = tl.constexpr(24576.0)  # 1.5·2¹⁴: a sum with it is rounded to a multiple of 2⁻⁹
 TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+TOP_FP8 = tl.constexpr(448.0)
 _BLOCKS = (64, 16, 4)
 
 
@@ -59,13 +60,15 @@ def _rotate(x, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def quantized(pieces, TOP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Float32 pieces of rows, zero beyond D, as what is to be stored, float32 still, and the scale [ROWS, 1] of each row."""
     turned = ()
-    largest = tl.zeros([ROWS, 1], dtype=tl.float32)
-    bad = tl.zeros([ROWS, 1], dtype=tl.float32)
+    largest = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    bad = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     for p in tl.static_range((D + WIDTH - 1) // WIDTH):
         x = _rotate(pieces[p], BLOCK, ROWS, WIDTH)
         turned = turned + (x,)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1)[:, None])
-        bad += tl.sum(x * 0.0, axis=1)[:, None]  # NaN where one is not finite
+        largest = tl.maximum(largest, tl.abs(x))
+        bad += x * 0.0  # NaN where one is not finite
+    largest = tl.max(largest, axis=1)[:, None]
+    bad = tl.sum(bad, axis=1)[:, None]
     finite = bad == 0.0
     largest = tl.maximum(tl.where(finite, largest, 1.0), _LEAST)
     factor = tl.math.div_rn(tl.full([ROWS, 1], TOP, tl.float32), largest)
@@ -99,6 +102,17 @@ def store_quantized(ptr, pieces, rows, count, D: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def quantize_rows(
+    ptr, scale_ptr, pieces, rows, count,
+    TOP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store float32 pieces of rows, zero beyond D, in eight bits, and their scales."""
+    pieces, scale = quantized(pieces, TOP, BLOCK, D, ROWS, WIDTH)
+    store_quantized(ptr, pieces, rows, count, D, WIDTH)
+    tl.store(scale_ptr + rows[:, None], scale, mask=rows[:, None] < count)
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr, q_ptr, scale_ptr, M,
     TOP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -107,9 +121,7 @@ def _quantize_kernel(
     count = tl.minimum(M - first, ROWS).to(tl.int32)
     rows = tl.arange(0, ROWS)
     x = widen(load_rows(x_ptr + first * D, rows, count, D, WIDTH), D, WIDTH)
-    pieces, scale = quantized(x, TOP, BLOCK, D, ROWS, WIDTH)
-    store_quantized(q_ptr + first * D, pieces, rows, count, D, WIDTH)
-    tl.store(scale_ptr + first + rows[:, None], scale, mask=rows[:, None] < count)
+    quantize_rows(q_ptr + first * D, scale_ptr + first, x, rows, count, TOP, BLOCK, D, ROWS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["M", "chunk_rows"])
@@ -141,6 +153,14 @@ def _rescale_kernel(
             y = y + (y_i,)
         store_stack(y_ptr, y, start, count, cols, inside, N, SUB, COUNT)
         start += SUB * COUNT
+
+
+def empty_fp8(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For what :func:`quantize_rows` stores of rows like those of ``like`` [..., D]: e4m3 [..., D], float32 [...]."""
+    scale = torch.empty(like.shape[:-1], dtype=torch.float32, device=like.device)
+    if like.numel() == 0:  # no kernel will
+        scale.fill_(_LEAST.value / TOP_FP8.value)
+    return torch.empty_like(like, dtype=torch.float8_e4m3fn), scale
 
 
 def _quantize(x: torch.Tensor, dtype: torch.dtype, turn: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,11 @@ Where each sample has a bias of its own, u is the bare product and both add the 
 du = dg·GELU'(u + b), db = Σ_t du of each sample.
 
 Bytes per element in bfloat16: forward 4 (reads u, writes g), backward 6 (reads dg, u, writes du), and a bias per sample
-once per chunk of rows.
+once per chunk of rows. Where g or du leaves as e4m3, with a scale for each row, 3 and 5.
 
 Who owns what: the forward is element by element. In the backward, and in the forward with a bias per sample, a program owns
 a chunk of the rows of one sample and 128 columns; the backward keeps their sums in registers and writes one row of
-[samples, chunks, N], which ``sums.finish`` adds up.
+[samples, chunks, N], which ``sums.finish`` adds up. A scale is of a whole row: for e4m3 a program owns all N columns of a chunk.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, flat_plan, launch, tile_plan, vector
+from .config import architecture, chunks_of, flat_plan, gelu_rows_plan, launch, tile_plan, vector
+from .eight_bit import TOP_FP8, empty_fp8, quantize_rows
 from .sums import finish
-from .tiles import load_stack, narrow, store_stack
+from .tiles import add, load_rows, load_stack, load_vector, narrow, store_stack, store_sums, widen, zero_rows
 
 _LINEAR = tl.constexpr(-2.302208198144325)  # −2·√(2/π)·log₂ e
 _CUBIC = tl.constexpr(-0.10294323958002349)  # 0.044715 times that
@@ -118,6 +119,69 @@ def _gelu_backward_kernel(
     tl.store(db_ptr + (chunk * N + cols), tl.sum(db, axis=0), mask=inside)
 
 
+@triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
+def _gelu_fp8_forward_kernel(
+    u_ptr, bias_ptr, g_ptr, g_scale_ptr, T, chunk_rows, chunks,
+    BIAS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    first = (tl.program_id(0) % chunks) * chunk_rows
+    count = tl.minimum(T - first, chunk_rows)
+    row = sample * T + first
+    u_ptr += row * N
+    g_ptr += row * N
+    g_scale_ptr += row
+    if BIAS:
+        bias = load_vector(bias_ptr + sample * N, N, WIDTH)
+    next_u = load_rows(u_ptr, tl.arange(0, ROWS), count, N, WIDTH)
+    start = 0
+    while start < count:
+        rows = start + tl.arange(0, ROWS)
+        u = widen(next_u, N, WIDTH)
+        next_u = load_rows(u_ptr, rows + ROWS, count, N, WIDTH)  # on their way while this row is reduced
+        if BIAS:
+            u = add(u, bias, N, WIDTH)
+        g = ()
+        for p in tl.static_range((N + WIDTH - 1) // WIDTH):
+            g = g + (_gelu(u[p]),)
+        quantize_rows(g_ptr, g_scale_ptr, g, rows, count, TOP_FP8, 1, N, ROWS, WIDTH)
+        start += ROWS
+
+
+@triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
+def _gelu_fp8_backward_kernel(
+    dg_ptr, u_ptr, bias_ptr, du_ptr, du_scale_ptr, db_ptr, T, chunk_rows, chunks,
+    BIAS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    first = (tl.program_id(0) % chunks) * chunk_rows
+    count = tl.minimum(T - first, chunk_rows)
+    row = sample * T + first
+    dg_ptr += row * N
+    u_ptr += row * N
+    du_ptr += row * N
+    du_scale_ptr += row
+    db = zero_rows(N, ROWS, WIDTH)
+    next_dg = load_rows(dg_ptr, tl.arange(0, ROWS), count, N, WIDTH)
+    next_u = load_rows(u_ptr, tl.arange(0, ROWS), count, N, WIDTH)
+    start = 0
+    while start < count:
+        rows = start + tl.arange(0, ROWS)
+        dg = widen(next_dg, N, WIDTH)
+        u = widen(next_u, N, WIDTH)
+        next_dg = load_rows(dg_ptr, rows + ROWS, count, N, WIDTH)  # on their way while this row is reduced
+        next_u = load_rows(u_ptr, rows + ROWS, count, N, WIDTH)
+        if BIAS:  # from the cache, row after row: beside the sums there are no registers for it
+            u = add(u, load_vector(bias_ptr + sample * N, N, WIDTH), N, WIDTH)
+        du = ()
+        for p in tl.static_range((N + WIDTH - 1) // WIDTH):
+            du = du + (dg[p] * _gelu_slope(u[p]),)
+        db = add(db, du, N, WIDTH)
+        quantize_rows(du_ptr, du_scale_ptr, du, rows, count, TOP_FP8, 1, N, ROWS, WIDTH)
+        start += ROWS
+    store_sums(db_ptr + tl.program_id(0).to(tl.int64) * N, db, N, WIDTH)
+
+
 def gelu_forward(u: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """g = GELU(u), tanh form, computed in float32; GELU(u + bias) where each sample has one.
 
@@ -168,3 +232,41 @@ def gelu_backward(
         BIAS=bias is not None, N=N, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return du, finish(db)[0].view(sums)
+
+
+def gelu_forward_fp8(u: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`gelu_forward` in eight bits: e4m3 [M, N], and the scales of its rows, float32 [M]."""
+    M, N = u.shape
+    g, g_scale = empty_fp8(u)
+    if u.numel() == 0:
+        return g, g_scale
+    samples = 1 if bias is None else bias.shape[0]
+    T = M // samples
+    plan = gelu_rows_plan(False, architecture(u.device), N, vector(u) if bias is None else vector(u, bias))
+    chunk_rows, chunks = chunks_of(T, plan, samples)
+    launch(
+        _gelu_fp8_forward_kernel, samples * chunks, u.device, u, bias, g, g_scale, T, chunk_rows, chunks,
+        BIAS=bias is not None, N=N, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
+    )  # fmt: skip
+    return g, g_scale
+
+
+def gelu_backward_fp8(
+    dg: torch.Tensor, u: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`gelu_backward` with du in eight bits: e4m3 [M, N], the scales of its rows, float32 [M], and db as before."""
+    M, N = u.shape
+    sums = (N,) if bias is None else bias.shape
+    du, du_scale = empty_fp8(u)
+    if u.numel() == 0:
+        return du, du_scale, u.new_zeros(sums, dtype=torch.float32)
+    samples = 1 if bias is None else bias.shape[0]
+    T = M // samples
+    plan = gelu_rows_plan(True, architecture(u.device), N, vector(u) if bias is None else vector(u, bias))
+    chunk_rows, chunks = chunks_of(T, plan, samples)
+    db = torch.empty((samples, chunks, N), dtype=torch.float32, device=u.device)
+    launch(
+        _gelu_fp8_backward_kernel, samples * chunks, u.device, dg, u, bias, du, du_scale, db, T, chunk_rows, chunks,
+        BIAS=bias is not None, N=N, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
+    )  # fmt: skip
+    return du, du_scale, finish(db)[0].view(sums)

@@ -11,6 +11,7 @@ Bytes per element (residual stream float32, branches bfloat16: 4, 2):
     residual        forward reads x, branch, writes y (10);     backward reads dy, branch, writes dbranch (8)
     residual_adaln  forward reads x, branch, writes y, h (12);  backward reads dh, dy, y, branch, writes dx, dbranch (18;
                     14 without dy)
+    in fp8          h and dbranch leave as e4m3 with a scale for each row, of the float32 values: one less (11; 17, 13)
 Besides: the vectors once per chunk of tokens, two float32 statistics per token, one partial row per sum and chunk.
 
 Who owns what: in residual_adaln a program owns a chunk of the tokens of one sample with all D columns: both sums over D
@@ -24,7 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, launch, row_plan, tile_plan, vector
+from .config import architecture, chunks_of, launch, registers, row_plan, tile_plan, vector
+from .eight_bit import TOP_FP8, empty_fp8, quantize_rows
 from .sums import finish
 from .tiles import (
     add,
@@ -112,8 +114,9 @@ def _residual_backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _residual_adaln_forward_kernel(
-    x_ptr, branch_ptr, gate_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, eps, T, chunk_rows, chunks,
-    D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, branch_ptr, gate_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, h_ptr, h_scale_ptr, mean_ptr, rstd_ptr, eps,
+    T, chunk_rows, chunks,
+    FP8: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * chunk_rows
@@ -123,6 +126,8 @@ def _residual_adaln_forward_kernel(
     branch_ptr += token * D
     y_ptr += token * D
     h_ptr += token * D
+    if FP8:
+        h_scale_ptr += token
     mean_ptr += token
     rstd_ptr += token
     gate = load_vector(gate_ptr + sample * D, D, WIDTH)
@@ -149,15 +154,19 @@ def _residual_adaln_forward_kernel(
         tl.store(mean_ptr + rows[:, None], mean, mask=rows[:, None] < count)
         tl.store(rstd_ptr + rows[:, None], rstd, mask=rows[:, None] < count)
         yhat = scale_rows(y, rstd, D, WIDTH)
-        store_rows(h_ptr, multiply_add(yhat, scale, shift, D, WIDTH), rows, count, D, WIDTH)
+        h = multiply_add(yhat, scale, shift, D, WIDTH)
+        if FP8:
+            quantize_rows(h_ptr, h_scale_ptr, h, rows, count, TOP_FP8, 1, D, ROWS, WIDTH)
+        else:
+            store_rows(h_ptr, h, rows, count, D, WIDTH)
         start += ROWS
 
 
 @triton.jit(do_not_specialize=["T", "chunk_rows", "chunks"])
 def _residual_adaln_backward_kernel(
     dh_ptr, dy_ptr, y_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, dbranch_ptr, dgate_ptr, dbias_ptr, dscale_ptr, dshift_ptr, T, chunk_rows, chunks,
-    HAS_DY: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    dx_ptr, dbranch_ptr, dbranch_scale_ptr, dgate_ptr, dbias_ptr, dscale_ptr, dshift_ptr, T, chunk_rows, chunks,
+    HAS_DY: tl.constexpr, FP8: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * chunk_rows
@@ -170,6 +179,8 @@ def _residual_adaln_backward_kernel(
     branch_ptr += token * D
     dx_ptr += token * D
     dbranch_ptr += token * D
+    if FP8:
+        dbranch_scale_ptr += token
     mean_ptr += token
     rstd_ptr += token
     gate = load_vector(gate_ptr + sample * D, D, WIDTH)
@@ -201,7 +212,11 @@ def _residual_adaln_backward_kernel(
         store_rows(dx_ptr, g, rows, count, D, WIDTH)
         dgate = multiply_add(g, widen(branch, D, WIDTH), dgate, D, WIDTH)
         dbias = add(dbias, g, D, WIDTH)
-        store_rows(dbranch_ptr, multiply(g, gate, D, WIDTH), rows, count, D, WIDTH)
+        dbranch = multiply(g, gate, D, WIDTH)
+        if FP8:
+            quantize_rows(dbranch_ptr, dbranch_scale_ptr, dbranch, rows, count, TOP_FP8, 1, D, ROWS, WIDTH)
+        else:
+            store_rows(dbranch_ptr, dbranch, rows, count, D, WIDTH)
         start += ROWS
     part = tl.program_id(0).to(tl.int64) * D
     store_sums(dgate_ptr + part, dgate, D, WIDTH)
@@ -258,27 +273,29 @@ def residual_adaln_forward(
     scale: torch.Tensor,
     shift: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    fp8: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """y = x + gate·branch + bias, then h = LayerNorm(y)·scale + shift.
 
-    Args: x, branch [B, T, D]; gate, bias, scale, shift float32 [B, D].
-    Returns: y in the type of x; h in the type of branch; mean, rstd float32 [B, T].
+    Args: x, branch [B, T, D]; gate, bias, scale, shift float32 [B, D]; fp8: h in eight bits.
+    Returns: y in the type of x; h in the type of branch; mean, rstd float32 [B, T]. ``fp8``: h is e4m3, and the scales of its
+        rows, float32 [B, T], are the last.
     """
     B, T, D = x.shape
     y = torch.empty_like(x)
-    h = torch.empty_like(branch)
+    h, *h_scale = empty_fp8(branch) if fp8 else (torch.empty_like(branch),)
     if x.numel() == 0:
-        return y, h, x.new_zeros((B, T), dtype=torch.float32), x.new_zeros((B, T), dtype=torch.float32)
+        return y, h, x.new_zeros((B, T), dtype=torch.float32), x.new_zeros((B, T), dtype=torch.float32), *h_scale
     mean = torch.empty((B, T), dtype=torch.float32, device=x.device)
     rstd = torch.empty((B, T), dtype=torch.float32, device=x.device)
-    plan = row_plan("residual_adaln_forward", architecture(x.device), D, vector(x, branch))
+    plan = row_plan("residual_adaln_forward", architecture(x.device), D, vector(x, branch, *h_scale))
     chunk_rows, chunks = chunks_of(T, plan, B)
     launch(
-        _residual_adaln_forward_kernel, B * chunks, x.device, x, branch, gate, bias, scale, shift, y, h, mean, rstd, eps,
-        T, chunk_rows, chunks,
-        D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
+        _residual_adaln_forward_kernel, B * chunks, x.device, x, branch, gate, bias, scale, shift, y, h, *(h_scale or [None]),
+        mean, rstd, eps, T, chunk_rows, chunks,
+        FP8=fp8, D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
-    return y, h, mean, rstd
+    return y, h, mean, rstd, *h_scale
 
 
 def residual_adaln_backward(
@@ -290,25 +307,29 @@ def residual_adaln_backward(
     scale: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fp8: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """Gradients of :func:`residual_adaln_forward`, in one pass.
 
     Args: dh, y, branch [B, T, D] as the forward gave them; dy the gradient of y from its other use, or None when it has
-        none; gate, scale float32 [B, D]; mean, rstd float32 [B, T].
+        none; gate, scale float32 [B, D]; mean, rstd float32 [B, T]; fp8: dbranch in eight bits.
     Returns: dx in the type of y, dbranch in the type of branch, and the sums over tokens, float32 [4, B, D]: dgate,
-        dbias, dscale, dshift.
+        dbias, dscale, dshift. ``fp8``: dbranch is e4m3, and the scales of its rows, float32 [B, T], are the last.
     """
     B, T, D = y.shape
     dx = torch.empty_like(y)
-    dbranch = torch.empty_like(branch)
+    dbranch, *dbranch_scale = empty_fp8(branch) if fp8 else (torch.empty_like(branch),)
     if y.numel() == 0:
-        return dx, dbranch, y.new_zeros((4, B, D), dtype=torch.float32)
-    plan = row_plan("residual_adaln_backward", architecture(y.device), D, vector(y, branch))
+        return dx, dbranch, y.new_zeros((4, B, D), dtype=torch.float32), *dbranch_scale
+    arch = architecture(y.device)
+    # In fp8 a thread has as many values as beside a float32 stream: of more the compiler would spill.
+    plan = row_plan("residual_adaln_backward", arch, D, vector(y, branch, *dbranch_scale))
+    limit = {"maxnreg": registers(plan, arch)} if fp8 else {}
     chunk_rows, chunks = chunks_of(T, plan, B)
     sums = torch.empty((4, B, chunks, D), dtype=torch.float32, device=y.device)
     launch(
-        _residual_adaln_backward_kernel, B * chunks, y.device, dh, dy, y, branch, gate, scale, mean, rstd, dx, dbranch, *sums,
-        T, chunk_rows, chunks,
-        HAS_DY=dy is not None, D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
+        _residual_adaln_backward_kernel, B * chunks, y.device, dh, dy, y, branch, gate, scale, mean, rstd,
+        dx, dbranch, *(dbranch_scale or [None]), *sums, T, chunk_rows, chunks,
+        HAS_DY=dy is not None, FP8=fp8, D=D, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps, **limit,
     )  # fmt: skip
-    return dx, dbranch, finish(sums.view(4 * B, chunks, D))[0].view(4, B, D)
+    return dx, dbranch, finish(sums.view(4 * B, chunks, D))[0].view(4, B, D), *dbranch_scale

@@ -10,25 +10,27 @@ import copy
 import importlib
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from optest import BF16, F16, F32, ROOMS, close, rooms
+from optest import BF16, F16, F32, ROOMS, close, in_room, rooms
 from safetensors.torch import load_file
 from torch import Tensor
 
 from difffit_fast import DiffFitError, FastDiffFitDiT
 from difffit_fast.models.frozen_dtype import linears, summary
 from difffit_fast.models.load import load_model
-from difffit_fast.ops import eight_bit, use_kernels
-from difffit_fast.ops.dispatch import cpp_ops
+from difffit_fast.ops import eight_bit, residual, use_kernels
+from difffit_fast.ops import frozen_mlp as mlp
+from difffit_fast.ops.block import block
+from difffit_fast.ops.dispatch import cpp_ops, pick
 from difffit_fast.ops.frozen_linear import frozen_linear
 from difffit_fast.ops.frozen_mlp import frozen_mlp
-from difffit_fast.ops.probe import Chooser
+from difffit_fast.ops.probe import Chooser, Decision
 
 CPU = torch.device("cpu")
 HAS_INT8 = eight_bit.refusal("int8", CPU) is None
@@ -212,6 +214,217 @@ def test_rows_that_are_not_finite_say_so(emulated: None) -> None:
     x[1, 3], x[2, 0] = torch.inf, torch.nan
     y = frozen_linear(x, w)
     assert y[1].isnan().all() and y[2].isnan().all() and y[[0, 3]].isfinite().all()
+
+
+# -- rows that leave the kernel that makes them in eight bits -------------------------------------------------------------
+with_triton = pytest.mark.parametrize("room", [pytest.param(r, marks=ROOMS[r]) for r in ("triton", "gpu")])
+
+
+def device_of(room: str) -> str:
+    if room == "gpu" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs float8")
+    return "cuda" if room == "gpu" else "cpu"
+
+
+def same_rows(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    """e4m3 and scales from arithmetic that may differ in the last bits: a value in a hundred may be the next one."""
+    (q, scale), (want_q, want_scale) = ((a.cpu(), b.cpu()) for a, b in (got, want))
+    assert q.dtype == torch.float8_e4m3fn and q.shape == want_q.shape and scale.dtype == F32
+    torch.testing.assert_close(scale, want_scale, rtol=2e-6, atol=0, equal_nan=True)
+    q, want_q = q.float(), want_q.float()
+    assert not q.numel() or (q != want_q).float().mean() <= 0.01 + 1 / q.numel()
+    assert ((q - want_q).abs() <= want_q.abs() / 7.9 + 2**-8).all()
+
+
+def twice(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    first, again = call(), call()
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return first
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_joins_in_fp8(room: str, dtype: torch.dtype) -> None:
+    device = device_of(room)
+    for B, T, D in ((1, 1, 1), (3, 1, 100), (2, 5, 72), (1, 18, 1152), (0, 4, 72), (2, 0, 72)):
+        x, branch, dh, dy = (torch.randn(B, T, D, device=device) for _ in range(4))
+        branch, dh = branch.to(dtype), dh.to(dtype)
+        gate, bias, scale, shift = torch.randn(4, B, D, device=device)
+        if B * T > 9:
+            branch[0, 3, 0] = torch.inf
+        with in_room(room):
+            forward = pick("residual", residual.residual_adaln_forward, x, dtype)
+            backward = pick("residual", residual.residual_adaln_backward, x, dtype)
+        given = x, branch, gate, bias, scale, shift, 1e-6
+        y, h, mean, rstd, h_scale = twice(lambda: forward(*given, True))  # noqa: B023
+        assert h_scale.shape == (B, T)
+        plain = forward(*given)
+        for got, want in zip((y, mean, rstd), (plain[0], *plain[2:]), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+        want = residual.residual_adaln_forward(*given, True)
+        same_rows((h, h_scale), (want[1], want[4]))
+        branch = branch.nan_to_num(0, 0, 0)
+        y, _, mean, rstd = residual.residual_adaln_forward(x, branch, *given[2:])
+        for other in (dy, None):
+            given_back = dh, other, y, branch, gate, scale, mean, rstd
+            dx, dbranch, sums, dbranch_scale = twice(lambda: backward(*given_back, True))  # noqa: B023
+            want = residual.residual_adaln_backward(*given_back, True)
+            same_rows((dbranch, dbranch_scale), (want[1], want[3]))
+            exact = residual.residual_adaln_backward(*(None if t is None else t.double() for t in given_back))
+            close("dx", dx, exact[0].cpu(), slack=1e-5)
+            close("sums", sums, exact[2].cpu(), slack=1e-5)
+            if room == "triton":  # those of the kernel that writes dbranch as it is, to the bit
+                plain = backward(*given_back)
+                assert torch.equal(dx, plain[0]) and torch.equal(sums, plain[2])
+
+
+@with_triton
+@pytest.mark.parametrize("each", [False, True], ids=["", "a bias each"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_gelu_in_fp8(room: str, dtype: torch.dtype, each: bool) -> None:
+    device = device_of(room)
+    for samples, T, N in ((1, 1, 1), (2, 3, 72), (3, 1, 100), (2, 40, 288), (1, 3, 4608), (1, 0, 8), (0, 4, 8)):
+        u, dg = (2 * torch.randn(samples * T, N, device=device)).to(dtype), torch.randn(samples * T, N, device=device)
+        dg, bias = dg.to(dtype), torch.randn(samples, N, device=device) if each else None
+        if len(u) > 9:
+            u[3, 5], dg[4, 1] = torch.nan, -torch.inf
+        with in_room(room):
+            forward, backward = (pick("frozen_mlp", one, u) for one in (mlp.gelu_forward_fp8, mlp.gelu_backward_fp8))
+        same_rows(twice(lambda: forward(u, bias)), mlp.gelu_forward_fp8(u, bias))  # noqa: B023
+        *rows, db = twice(lambda: backward(dg, u, bias))  # noqa: B023
+        *want, _ = mlp.gelu_backward_fp8(dg, u, bias)
+        same_rows(rows, want)
+        if not u.isfinite().all():
+            u[3, 5], dg[4, 1] = 0, 0
+            *_, db = backward(dg, u, bias)
+        _, exact = mlp.gelu_backward(dg.double(), u.double(), None if bias is None else bias.double())
+        close("db", db, exact.cpu(), slack=1e-5)
+
+
+def block_of(device: str, each: bool = False) -> SimpleNamespace:
+    """A block of two heads, its weights in bfloat16, and ``run``: outputs and the gradients of all else."""
+    B, T, D, F = 2, 3, 36, 144
+    shapes = {"qkv": (3 * D, D), "proj": (D, D), "fc1": (F, D), "fc2": (D, F)}
+    weights = {name: (torch.randn(n, k) / k**0.5).to(device, BF16) for name, (n, k) in shapes.items()}
+    given = [torch.randn(B, T, D), torch.randn(B, T, D).to(BF16), torch.randn(1, 3, D), torch.randn(*[B] * each, F)]
+    given = [t.to(device) for t in (*given, torch.randn(4, B, D), torch.randn(4, B, D))]
+    dy, dh = torch.randn(B, T, D, device=device), torch.randn(B, T, D, device=device).to(BF16)
+
+    def run(with_dy: bool = True, with_dh: bool = True) -> list[Tensor]:
+        x, h, vectors, bias1, *joints = leaves = [t.clone().requires_grad_() for t in given]
+        out = block(x, h, tuple(weights.values()), vectors, bias1, tuple(joints), 2)
+        pairs = [(o, g) for o, g, wanted in zip(out, (dy, dh), (with_dy, with_dh), strict=True) if wanted]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        return [*(o.detach() for o in out), *(leaf.grad for leaf in leaves)]
+
+    return SimpleNamespace(run=run, weights=weights)
+
+
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what was quantized in a pass of its own, but for the weights: 6 rows are none of theirs."""
+    seen: list[tuple[int, ...]] = []
+    quantize = eight_bit.quantize
+
+    def noting(x: Tensor, kind: str, turn: bool) -> tuple[Tensor, Tensor]:
+        seen.extend([tuple(x.shape)] if len(x) == 6 else [])
+        return quantize(x, kind, turn)
+
+    monkeypatch.setattr(eight_bit, "quantize", noting)
+    return seen
+
+
+def off(got: list[Tensor], want: list[Tensor]) -> list[float]:
+    """1 − cosine, of each."""
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    cosine = torch.nn.functional.cosine_similarity
+    return [1 - float(cosine(a.flatten().double(), b.flatten().double(), 0)) for a, b in zip(got, want, strict=True)]
+
+
+@with_triton
+@pytest.mark.parametrize("each", [False, True], ids=["", "a bias each"])
+def test_a_block_in_fp8(
+    emulated: None, room: str, each: bool, quantized: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = block_of(device_of(room), each)
+
+    def unfused(*asked: bool) -> list[Tensor]:
+        quantized.clear()
+        with monkeypatch.context() as patch:
+            for module in ("block", "frozen_mlp"):
+                where = importlib.import_module(f"difffit_fast.ops.{module}")
+                patch.setattr(where, "takes_rows", lambda *_: False)
+            found = one.run(*asked)
+        assert len(quantized) == 8
+        return found
+
+    with in_room(room):
+        plain = one.run()
+        eight_bit.keep_eight_bit(one.weights.values(), "fp8")
+        fused = one.run()
+        assert quantized == [(6, 36), (6, 36), (6, 108)]  # for qkv and proj, and the gradient of what qkv gave
+        assert all(torch.equal(a, b) for a, b in zip(fused, one.run(), strict=True))
+        apart = unfused()
+        assert max(off(fused, apart)) < 2e-3
+        for mine, theirs in zip(off(fused, plain), off(apart, plain), strict=True):
+            assert mine < 1.6 * theirs < 0.01  # a rounding less, and other values on the other side of a tie
+        for asked in ((False, True), (True, False)) if not each else ():  # which gradients the block is given
+            quantized.clear()
+            fused = one.run(*asked)
+            assert len(quantized) == (3 if asked[1] else 4)  # at the end of a model a tile kernel makes dbranch
+            assert max(off(fused, unfused(*asked))) < 2e-3
+
+
+@with_triton
+def test_a_block_of_which_some_weights_are_kept(emulated: None, room: str, quantized: list[tuple[int, ...]]) -> None:
+    one = block_of(device_of(room))
+    with in_room(room):
+        plain = one.run()
+        for names, passes in ((("fc1",), 0), (("fc2",), 0), (("qkv", "proj"), 3)):
+            eight_bit.keep_eight_bit([one.weights[name] for name in names], "fp8")
+            quantized.clear()
+            assert max(off(one.run(), plain)) < 5e-3
+            assert len(quantized) == passes
+            eight_bit.keep_eight_bit(one.weights.values(), None)
+
+
+@pytest.mark.parametrize("room", [pytest.param("triton", marks=ROOMS["triton"])])
+def test_where_no_rows_are_made(emulated: None, room: str, quantized: list[tuple[int, ...]]) -> None:
+    w, x = torch.randn(24, 64), torch.randn(5, 64)
+
+    def takes(like: Tensor = x, **more: Any) -> bool:
+        keep(w, **({"kind": "fp8"} | more))
+        return eight_bit.takes_rows(w, like, False)
+
+    with use_kernels(room):
+        assert takes() and not eight_bit.takes_rows(w.clone(), x, False)
+        assert not takes(kind="int8") and not takes(kind="int8", turn=False) and not takes(turn=True)
+        assert not takes(x[:0]) and not takes(x.double())
+        assert not takes(auto=True)
+        key = eight_bit._key(x, w, False)
+        eight_bit._chooser.record(key, Decision("plain", "not for good", lasting=False))
+        assert not takes(auto=True)
+        eight_bit._chooser.record(key, Decision("fp8", "faster"))
+        assert takes(auto=True) and not eight_bit.takes_rows(w, x, True) and not eight_bit.takes_rows(w, x[:4], False)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert not takes(auto=True)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        bad = w.clone()
+        bad[0, 0] = torch.nan
+        with pytest.warns(UserWarning, match="not finite"):
+            keep(bad, "fp8")
+            assert not eight_bit.takes_rows(bad, x, False)
+    for other in ("reference", "cpp") if cpp_ops() is not None else ("reference",):
+        with use_kernels(other):
+            assert not takes()
+    one = block_of("cpu")
+    eight_bit.keep_eight_bit(one.weights.values(), "int8")
+    with use_kernels(room):
+        one.run()
+    assert len(quantized) == 8
 
 
 # -- weights that change -----------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@
 It computes what :mod:`.frozen_linear`, :mod:`.attention`, :mod:`.frozen_mlp` and :mod:`.residual` compute one after the other,
 by the same kernels in the same order. As one operation it costs the host one call instead of six each way, and all sums of
 its backward (of both joins, of fc1's bias, of what acts on qkv) share one second stage. Saved: what the six would save.
+
+What only a product reads (h of the first join, GELU's output, dbranch of both joins, du) leaves the kernel that makes it in eight
+bits where the weight is kept so (:func:`.eight_bit.takes_rows`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from . import attention, frozen_mlp
 from ._register import check_frozen, register, wide
 from .dispatch import one_stage, pick
+from .eight_bit import Rows, takes_rows
 from .gemm import check_operands, dgrad, linear
 from .residual import (
     residual_adaln_backward,
@@ -76,17 +80,32 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     _check(x, h, qkv, proj, fc1, fc2, vectors, bias1, joint1, joint2)
     shape, d = h.shape, h.shape[-1]
-    join = pick("residual", residual_adaln_forward, x, h.dtype)
 
     z = linear(h.reshape(-1, d), qkv).view(*shape[:-1], 3 * d)
     o, lse = attention.forward(z, _wide(x, vectors), num_heads, backend)
     branch1 = linear(o.view(-1, d), proj).view(shape)
-    y1, h, mean1, rstd1 = join(x.contiguous(), branch1, *_wide(x, joint1).unbind(), eps)
+    y1, h, mean1, rstd1 = _join(x.contiguous(), branch1, joint1, eps, fc1)
 
-    branch2, u = frozen_mlp.forward(h.view(-1, d), fc1, bias1_cast if bias1.dim() == 1 else bias1, fc2)
+    branch2, u = frozen_mlp.forward(h, fc1, bias1_cast if bias1.dim() == 1 else bias1, fc2)
     branch2 = branch2.view(shape)
-    y2, h, mean2, rstd2 = join(y1, branch2, *_wide(x, joint2).unbind(), eps)
+    y2, h, mean2, rstd2 = _join(y1, branch2, joint2, eps)
     return y2, h, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2
+
+
+def _join(
+    x: Tensor, branch: Tensor, joint: Tensor, eps: float, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | Rows, Tensor, Tensor]:
+    """y, h, mean, rstd; with a ``weight`` h is (B·T, D), as the product with it wants it."""
+    fp8 = (True,) if weight is not None and takes_rows(weight, _matrix(branch), False) else ()
+    run = pick("residual", residual_adaln_forward, x, branch.dtype)
+    y, h, mean, rstd, *scale = run(x, branch, *_wide(x, joint).unbind(), eps, *fp8)
+    if weight is not None:
+        h = Rows(_matrix(h), scale[0].view(-1), branch.dtype) if fp8 else _matrix(h)
+    return y, h, mean, rstd
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
 
 
 def _forward_fake(x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -130,21 +149,31 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
-    join = pick("residual", residual_adaln_backward, y1, branch1.dtype)
     with one_stage(y1):
         dy = None if dy is None else dy.contiguous()
         if dh is None:  # the end of a model that nothing but the stream is asked of
             dx = y2.new_zeros(y2.shape) if dy is None else dy
             dbranch, *two = pick("residual", residual_backward, y1, branch2.dtype)(dx, branch2, joint2[0].contiguous())
+            dbranch = dbranch.view(-1, d)
             djoint2 = torch.cat([torch.stack(two), joint2.new_zeros(2, *joint2.shape[1:])])
         else:
-            dx, dbranch, djoint2 = join(dh.contiguous(), dy, y2, branch2, joint2[0], joint2[2], mean2, rstd2)
-        dh, dbias1 = frozen_mlp.backward(dbranch.view(-1, d), fc1, fc2, u, True, bias1)
-        dx, dbranch, djoint1 = join(dh.view(shape), dx, y1, branch1, joint1[0], joint1[2], mean1, rstd1)
-        do = dgrad(dbranch.view(-1, d), proj).view(shape)
+            dx, dbranch, djoint2 = _join_backward(dh.contiguous(), dy, y2, branch2, joint2, mean2, rstd2, fc2)
+        dh, dbias1 = frozen_mlp.backward(dbranch, fc1, fc2, u, True, bias1)
+        dx, dbranch, djoint1 = _join_backward(dh.view(shape), dx, y1, branch1, joint1, mean1, rstd1, proj)
+        do = dgrad(dbranch, proj).view(shape)
         dz, dvectors = attention.backward(do, z, _wide(y1, vectors), o, lse, num_heads, backend)
         dh = dgrad(dz.view(-1, 3 * d), qkv).view(shape) if need_dh else dz.new_empty(0)
     return dx, dh, dvectors, dbias1, djoint1, djoint2
+
+
+def _join_backward(
+    dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor, joint: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor | Rows, Tensor]:
+    """dx, dbranch (B·T, D) as the product with ``weight`` wants it, and the sums."""
+    fp8 = (True,) if takes_rows(weight, _matrix(branch), True) else ()
+    run = pick("residual", residual_adaln_backward, y, branch.dtype)
+    dx, dbranch, sums, *scale = run(dh, dy, y, branch, joint[0], joint[2], mean, rstd, *fp8)
+    return dx, Rows(_matrix(dbranch), scale[0].view(-1), branch.dtype) if fp8 else _matrix(dbranch), sums
 
 
 def _backward_fake(dy: Tensor | None, dh: Tensor | None, *args: Any) -> tuple[Tensor, ...]:

@@ -14,6 +14,10 @@ quantised at every step, by rows (tokens):
 is multiplied by a block diagonal orthogonal matrix H, whose blocks are Hadamard matrices of up to 64 channels; so is the
 weight, and x·Wᵀ = (x·H)·(W·H)ᵀ. That spreads what is large over its block. int8, which has no exponent, wants it.
 
+**Rows that are made for it.** Where the kernel that makes a row holds all of it, and nothing but the product reads it, the row
+leaves that kernel as :class:`Rows`, quantised from float32: the product's own pass over it is saved, and a rounding with it.
+:func:`takes_rows` says where: e4m3 without rotation, on a GPU.
+
 The parameter stays the truth, here as for everything that is kept of a weight (:mod:`.weights`): hashes, merging and state
 dicts know nothing of this. The quantised copies are made at the first product that wants them and again when the weight has
 become another: on the CPU a checksum is compared at every use, elsewhere address and version; a write through
@@ -31,14 +35,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _ext
 from ..errors import DiffFitError
-from .dispatch import apart, pick
+from .dispatch import apart, pick, room
 from .probe import Chooser
 from .weights import PLAIN, checksum
 
@@ -261,6 +265,50 @@ def quantize(x: Tensor, kind: str, turn: bool) -> tuple[Tensor, Tensor]:
 
 
 # -- the products ----------------------------------------------------------------------------------------------------
+class Rows(NamedTuple):
+    """Rows (M, K) that are quantised already.
+
+    Attributes:
+        values: int8 or e4m3.
+        scale: of each row, (M,) float32.
+        dtype: what they would have been in, and what their product is in.
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+
+def takes_rows(weight: Tensor, like: Tensor | Rows, backward: bool) -> bool:
+    """Whether what ``weight`` or, ``backward``, its transpose is to be multiplied by is wanted as :class:`Rows`: where Triton has
+    kernels that make them, and it is certain that the product is one of e4m3.
+
+    Args:
+        like: as many rows, on the device and in the dtype that they would otherwise be in.
+    """
+    kept = eight_bit_of(weight)
+    if kept is None or kept.kind != "fp8" or kept.turn or WAYS[backward] not in kept.ways or not like.shape[0]:
+        return False
+    if room(like.device, like.dtype) != "triton" or not kept.good(weight):
+        return False
+    return not kept.auto or _chooser.known(_key(like, weight, backward)) == kept.kind
+
+
+def multiply_rows(x: Rows, weight: Tensor, bias: Tensor | None, backward: bool) -> Tensor:
+    """The product of x with a weight that :func:`takes_rows`, in ``x.dtype``."""
+    kept = eight_bit_of(weight)
+    assert kept is not None
+    return _multiply_rows(x, kept.side(weight, backward), kept.kind, bias)
+
+
 def multiply(
     x: Tensor, weight: Tensor, kept: EightBit, bias: Tensor | None, backward: bool, plain: Callable[[], Tensor]
 ) -> Tensor:
@@ -276,9 +324,15 @@ def multiply(
     side = kept.side(weight, backward)
     if not kept.auto:
         return _multiply(x, side, kept, bias)
-    key = ("eight_bit", str(x.device), str(x.dtype).removeprefix("torch."), x.shape[0], *side.values.shape)
+    key = _key(x, weight, backward)
     candidates = {PLAIN_PRODUCT: plain, kept.kind: lambda: _multiply(x, side, kept, bias)}
     return candidates[_chooser.choose(key, candidates, x.device)]()
+
+
+def _key(x: Tensor | Rows, weight: Tensor, backward: bool) -> tuple:
+    """Of the problem, to the chooser."""
+    rows, channels = reversed(weight.shape) if backward else weight.shape
+    return "eight_bit", str(x.device), str(x.dtype).removeprefix("torch."), x.shape[0], rows, channels
 
 
 def forget() -> None:
@@ -287,18 +341,22 @@ def forget() -> None:
 
 
 def _multiply(x: Tensor, side: Side, kept: EightBit, bias: Tensor | None) -> Tensor:
-    q, row = quantize(x.contiguous(), kept.kind, kept.turn)
-    to_rows = pick("eight_bit", rescale, x)
+    return _multiply_rows(Rows(*quantize(x.contiguous(), kept.kind, kept.turn), x.dtype), side, kept.kind, bias)
+
+
+def _multiply_rows(x: Rows, side: Side, kind: str, bias: Tensor | None) -> Tensor:
+    q, row, dtype = x
+    to_rows = pick("eight_bit", rescale, row, dtype)
     if emulated():
-        return to_rows(product(q, side.values), row, side.scale, bias, x.dtype)
-    if kept.kind == "fp8":
+        return to_rows(product(q, side.values), row, side.scale, bias, dtype)
+    if kind == "fp8":
         # Sums of gradients, too, are kept in float32 all the way: no fast accumulation.
         y = torch._scaled_mm(
             q, side.values.t(), scale_a=row[:, None], scale_b=side.scale[None, :],
             bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=False,
         )  # fmt: skip
-        return y.to(x.dtype)
-    return to_rows(_integers(q, side), row, side.scale, bias, x.dtype)
+        return y.to(dtype)
+    return to_rows(_integers(q, side), row, side.scale, bias, dtype)
 
 
 def _packed(values: Tensor) -> Any:

@@ -22,7 +22,7 @@ from .. import _ext
 from ..errors import DiffFitError
 from ._register import check_frozen, register, rows, wide
 from .dispatch import cpp_ops, pick
-from .eight_bit import eight_bit_of
+from .eight_bit import Rows, eight_bit_of, quantize_fp8, takes_rows
 from .gemm import check_operands, dgrad, linear
 from .linear_gelu import dgelu_dgrad, linear_gelu
 from .weights import has_layout
@@ -37,11 +37,27 @@ def gelu_forward(u: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gelu_backward(dg: Tensor, u: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    du, db = _gelu_backward(dg, u, bias)
+    return du.to(u.dtype), db
+
+
+def _gelu_backward(dg: Tensor, u: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     w = _biased(u, bias)
     t = torch.tanh(_K * (w + 0.044715 * w**3))
     slope = 0.5 * (1 + t) + 0.5 * w * (1 - t * t) * _K * (1 + 3 * 0.044715 * w * w)
     du = dg.to(w.dtype) * slope
-    return du.to(u.dtype), du.sum(0) if bias is None else _by_sample(du, bias).sum(1)
+    return du, du.sum(0) if bias is None else _by_sample(du, bias).sum(1)
+
+
+def gelu_forward_fp8(u: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`gelu_forward` as e4m3, quantised before any other rounding, and a scale for each row (plain PyTorch and Triton)."""
+    return quantize_fp8(F.gelu(_biased(u, bias), approximate="tanh"), False)
+
+
+def gelu_backward_fp8(dg: Tensor, u: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`gelu_backward` with du likewise: its values, their scales, and db of what is not rounded."""
+    du, db = _gelu_backward(dg, u, bias)
+    return *quantize_fp8(du, False), db
 
 
 def _biased(u: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,21 +122,20 @@ def _asked() -> str:
     return asked
 
 
-def forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def forward(h: Tensor | Rows, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """branch (M, D) and u (M, F) of a matrix h (M, D): u = h·w1ᵀ + b1 with b1 (F,), u = h·w1ᵀ where each sample has its own b1
     (B, F), of M / B rows."""
-    if in_pieces(h, w1):
+    if isinstance(h, Tensor) and eight_bit_of(w2) is None and in_pieces(h, w1):
         return cpp_ops().mlp_forward(h.contiguous(), w1.contiguous(), b1.float().contiguous(), w2.contiguous())
-    gelu = pick("frozen_mlp", gelu_forward, h)
-    if b1.dim() == 2:  # no epilogue adds these
-        u = linear(h, w1)
-        g = gelu(u, _wide(u, b1))
-    elif h.device.type == "cuda":  # in one cuBLASLt call where that is faster
-        g, u = linear_gelu(h, w1, b1, gelu)
-    else:
-        u = linear(h, w1, b1)
-        g = gelu(u)
-    return linear(g, w2), u
+    each, fp8 = b1.dim() == 2, takes_rows(w2, h, False)
+    if isinstance(h, Tensor) and h.device.type == "cuda" and not (each or fp8):
+        g, u = linear_gelu(h, w1, b1, pick("frozen_mlp", gelu_forward, h))  # in one cuBLASLt call where that is faster
+        return linear(g, w2), u
+    u = linear(h, w1, None if each else b1)  # no epilogue adds what each sample has
+    own = (_wide(u, b1),) if each else ()
+    if fp8:
+        return linear(Rows(*pick("frozen_mlp", gelu_forward_fp8, u)(u, *own), u.dtype), w2), u
+    return linear(pick("frozen_mlp", gelu_forward, u)(u, *own), w2), u
 
 
 def _wide(like: Tensor, bias: Tensor) -> Tensor:
@@ -128,24 +143,26 @@ def _wide(like: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(
-    dbranch: Tensor, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
+    dbranch: Tensor | Rows, w1: Tensor, w2: Tensor, u: Tensor, need_dh: bool, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dh (M, D), empty where it is not needed, and db1, float32, from the gradient of the branch, (M, D).
 
     ``bias``: the b1 (B, F) that :func:`forward` was given and u is without, for a db1 (B, F); None for one (F,).
     """
     bias = None if bias is None else _wide(u, bias)
-    if in_pieces(dbranch, w1):
+    own = () if bias is None else (bias,)
+    if isinstance(dbranch, Tensor) and eight_bit_of(w2) is None and in_pieces(dbranch, w1):
         dh, db1 = cpp_ops().mlp_backward(dbranch.contiguous(), w1.contiguous(), w2.contiguous(), u, need_dh, bias)
         return (dh if need_dh else dbranch.new_empty(0)), db1
+    if need_dh and takes_rows(w1, u, True):
+        *rows, db1 = pick("frozen_mlp", gelu_backward_fp8, u)(dgrad(dbranch, w2), u, *own)
+        return dgrad(Rows(*rows, u.dtype), w1), db1
     gelu = pick("frozen_mlp", gelu_backward, u)
-    if bias is not None:
-        du, db1 = gelu(dgrad(dbranch, w2), u, bias)
-    elif u.device.type == "cuda":
+    if isinstance(dbranch, Tensor) and u.device.type == "cuda" and not own:
         du, db1 = dgelu_dgrad(dbranch, w2, u, gelu)
     else:
-        du, db1 = gelu(dgrad(dbranch, w2), u)
-    return (dgrad(du, w1) if need_dh else dbranch.new_empty(0)), db1
+        du, db1 = gelu(dgrad(dbranch, w2), u, *own)
+    return (dgrad(du, w1) if need_dh else u.new_empty(0)), db1
 
 
 def _forward(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:

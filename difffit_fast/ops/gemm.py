@@ -2,7 +2,8 @@
 
 Operands are 2-D (B·T flattened). On a CPU without bf16 (or fp16) matrix instructions PyTorch's half-precision products
 run ten to fifty times slower than float32 ones, so there the operands are widened, multiplied in float32 and rounded once:
-the same result, or a better one. Weights of which :mod:`.eight_bit` keeps copies are multiplied by those.
+the same result, or a better one. Weights of which :mod:`.eight_bit` keeps copies are multiplied by those; what they are
+multiplied with may come quantised already.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._devices import cpu_has_fast
-from .eight_bit import eight_bit_of, multiply
+from .eight_bit import Rows, eight_bit_of, multiply, multiply_rows
 from .weights import layout_of
 
 
@@ -20,8 +21,10 @@ def widen(x: Tensor) -> bool:
     return x.device.type == "cpu" and not cpu_has_fast(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K) times weight (N, K) transposed, plus bias (N): (M, N) in the dtype of x."""
+    if isinstance(x, Rows):
+        return multiply_rows(x, weight, bias, False)
     kept = eight_bit_of(weight)
     if kept is not None:
         return multiply(x, weight, kept, bias, False, lambda: _linear(x, weight, bias))
@@ -42,8 +45,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias.to(x.dtype), x, weight.t())
 
 
-def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
+def dgrad(dy: Tensor | Rows, weight: Tensor) -> Tensor:
     """dy (M, N) times weight (N, K): the gradient of the input of ``linear``, (M, K)."""
+    if isinstance(dy, Rows):
+        return multiply_rows(dy, weight, None, True)
     kept = eight_bit_of(weight)
     if kept is not None:
         return multiply(dy, weight, kept, None, True, lambda: _dgrad(dy, weight))

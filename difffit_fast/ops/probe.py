@@ -77,6 +77,11 @@ class Chooser:
         with self._around():
             return self.record(key, self._compare(candidates, device, default))
 
+    def known(self, key: tuple) -> str | None:
+        """What was chosen for good for the problem ``key`` and would be taken now; None where nothing was yet."""
+        found = None if torch.are_deterministic_algorithms_enabled() else self._decisions.get(key)
+        return found.chosen if found is not None and found.lasting else None
+
     def record(self, key: tuple, decision: Decision) -> str:
         """Keep ``decision`` unless a lasting one is there already; returns the choice that holds."""
         with self._lock:

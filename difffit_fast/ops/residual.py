@@ -20,6 +20,7 @@ from .. import _ext
 from ._register import register, wide
 from .adaln import adaln_forward, check_vectors, layer_norm_backward
 from .dispatch import pick
+from .eight_bit import quantize_fp8
 
 
 # -- the plain reference -------------------------------------------------------------------------------------------
@@ -34,24 +35,36 @@ def residual_backward(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor,
 
 
 def residual_adaln_forward(
-    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float, fp8: bool = False
+) -> tuple[Tensor, ...]:
+    """y, h, mean, rstd. ``fp8``: h as e4m3, and the scales of its rows behind the others (plain PyTorch and Triton have this)."""
     y = residual_forward(x, branch, gate, bias)
-    return (y, *adaln_forward(y, scale, shift, eps, branch.dtype))
+    h, mean, rstd = adaln_forward(y, scale, shift, eps, wide(y.dtype) if fp8 else branch.dtype)
+    h, *h_scale = _quantized(h) if fp8 else (h,)
+    return y, h, mean, rstd, *h_scale
 
 
 def residual_adaln_backward(
-    dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dh: Tensor, dy: Tensor | None, y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    fp8: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dx, dbranch and the sums. ``fp8``: dbranch as e4m3, and the scales of its rows behind the others."""
     w = wide(y.dtype)
     dh = dh.to(w)
     yhat = (y.to(w) - mean[..., None]) * rstd[..., None]
     g = layer_norm_backward(dh * scale[:, None], yhat, rstd)
     if dy is not None:
         g = g + dy.to(w)
-    dbranch = (g * gate[:, None]).to(branch.dtype)
+    dbranch = g * gate[:, None]
+    dbranch, *dbranch_scale = _quantized(dbranch) if fp8 else (dbranch.to(branch.dtype),)
     sums = [(g * branch.to(w)).sum(1), g.sum(1), (dh * yhat).sum(1), dh.sum(1)]
-    return g.to(y.dtype), dbranch, torch.stack(sums)
+    return g.to(y.dtype), dbranch, torch.stack(sums), *dbranch_scale
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, D) as e4m3 and a scale for each row, (B, T)."""
+    values, scale = quantize_fp8(x.flatten(0, 1), False)
+    return values.view(x.shape), scale.view(x.shape[:2])
 
 
 # -- residual ------------------------------------------------------------------------------------------------------
