@@ -75,7 +75,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> 
 
 def test_default_learning_rates_and_steps() -> None:
     methods = ("difffit", "bitfit", "adapter", "full", "lora")
-    for images, rates in ((20, (3e-4, 3e-4, 3e-4, 1e-5, 3e-4)), (51, (1e-3, 1e-3, 1e-3, 1e-4, 1e-4))):
+    for images, rates in ((20, (3e-4, 3e-4, 3e-4, 1e-5, 3e-4)), (51, (1e-3, 1e-3, 1e-3, 1e-4, 1e-3))):
         assert tuple(TrainConfig(method=method).learning_rate(images) for method in methods) == rates
     assert TrainConfig(method="full", lr=0.5).learning_rate(1) == 0.5
     steps = {images: TrainConfig().total_steps(images) for images in (1, 200, 5_000, 75_750)}
