@@ -36,8 +36,8 @@ PINNED = {
     "block 0 backward": (10, 306.6),
     "optimizer and EMA": (4, 50.4),
 }
-# Of a block in eight bits; what is outside the blocks is as above. All products but the forward of fc2: fp8 quantizes three of the
-# seven inputs in kernels of their own, int8 all of them, and it rescales.
+# Of a block in eight bits; what is outside the blocks is as above. All products but the forward of fc2: fp8 quantizes three of
+# the seven inputs in kernels of their own, int8 all of them, and it rescales.
 PINNED_EIGHT_BIT = {
     "fast-fp8": {"block 2 forward": (10, 215.3), "block 2 backward": (11, 276.6)},
     "fast-int8": {"block 2 forward": (14, 375.7), "block 2 backward": (18, 465.3)},

@@ -41,7 +41,7 @@ from .schedule import SCHEDULES
 from .settings import flag, option, settings_of
 
 # The learning rates that the paper and the public scripts use: ten times higher where little is trained.
-# Learning rates where there are many images, and few: within 1e-4 of the least loss of every rate and length that was tried on
+# Learning rates where there are many images, and few: within 2e-4 of the least loss of every rate and length that was tried on
 # 20, 100 and 416 images (docs/experiments.md, experiments/glyphs).
 DEFAULT_LR = {"full": (1e-4, 1e-5)}
 DEFAULT_LR_SMALL = (1e-3, 3e-4)  # of methods that train few parameters
