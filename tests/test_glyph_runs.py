@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ pytest.importorskip("matplotlib")
 
 import base  # noqa: E402
 import domains  # noqa: E402
+import eight_bit  # noqa: E402
 import guidance  # noqa: E402
 import plan as planning  # noqa: E402
 from alphabet import LETTERS, Glyphs  # noqa: E402
@@ -195,3 +198,22 @@ def test_guidance_is_reported_with_who_wins(tmp_path: Path) -> None:
     assert "blackletter: guidance from the base (2) is worse" in text
     assert "inline: guidance from the base (2) cannot be told apart" in text
     assert (tmp_path / "guidance.png").stat().st_size > 10_000 and "| from the base | 5 |" in text
+
+
+# -- the pages ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("script", "stored", "page"),
+    [(domains, "glyphs", "experiments"), (guidance, "guidance", "experiments"), (eight_bit, "eight_bit", "eight-bit")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_pages_say_what_the_stored_runs_say(tmp_path: Path, script: Any, stored: str, page: str) -> None:
+    """The block of the page, made anew from the stored runs, is the same."""
+    docs = ROOT / "docs"
+    if not (docs / "experiments" / f"{stored}.jsonl").exists():
+        pytest.skip("nothing was run, or the documentation is not part of this installation")
+    shutil.copytree(docs / "experiments", tmp_path / "experiments")
+    copied = tmp_path / f"{page}.md"
+    shutil.copy(docs / f"{page}.md", copied)
+    arguments = ["--report", "--results", tmp_path / "experiments", "--page", copied, "--cache", tmp_path / "none"]
+    assert script.main(list(map(str, arguments))) == 0
+    assert copied.read_text(encoding="utf-8") == (docs / f"{page}.md").read_text(encoding="utf-8")
