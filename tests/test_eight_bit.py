@@ -482,6 +482,15 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         eight_bit.refusal("int8", CPU)
 
 
+def test_sizes_that_no_library_multiplies() -> None:
+    def on_cuda(*shape: int) -> Any:
+        return SimpleNamespace(device=torch.device("cuda"), shape=shape)
+
+    assert eight_bit.fits(256, on_cuda(1152, 4608)) and not eight_bit.fits(16, on_cuda(1152, 4608))
+    assert not eight_bit.fits(256, on_cuda(1152, 72)) and not eight_bit.fits(256, on_cuda(40, 1152))
+    assert eight_bit.fits(1, torch.zeros(3, 5)) and not eight_bit.fits(0, torch.zeros(3, 5))
+
+
 def test_auto_takes_the_faster(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = torch.randn(24, 64), torch.randn(5, 64)
     plain, eight = x @ w.T, truth(x, w, "int8", True, False).float()

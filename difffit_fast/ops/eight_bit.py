@@ -287,6 +287,13 @@ class Rows(NamedTuple):
         return self.values.shape
 
 
+def fits(rows: int, weight: Tensor) -> bool:
+    """Whether the libraries multiply so many rows by ``weight`` in eight bits: on CUDA more than 16, by sizes that 16 divides."""
+    if weight.device.type != "cuda" or emulated():
+        return rows > 0
+    return rows > 16 and not any(size % 16 for size in weight.shape)
+
+
 def takes_rows(weight: Tensor, like: Tensor | Rows, backward: bool) -> bool:
     """Whether what ``weight`` or, ``backward``, its transpose is to be multiplied by is wanted as :class:`Rows`: where Triton has
     kernels that make them, and it is certain that the product is one of e4m3.
@@ -295,7 +302,9 @@ def takes_rows(weight: Tensor, like: Tensor | Rows, backward: bool) -> bool:
         like: as many rows, on the device and in the dtype that they would otherwise be in.
     """
     kept = eight_bit_of(weight)
-    if kept is None or kept.kind != "fp8" or kept.turn or WAYS[backward] not in kept.ways or not like.shape[0]:
+    if kept is None or kept.kind != "fp8" or kept.turn or WAYS[backward] not in kept.ways:
+        return False
+    if not fits(like.shape[0], weight):
         return False
     if room(like.device, like.dtype) != "triton" or not kept.good(weight):
         return False
@@ -319,7 +328,7 @@ def multiply(
         bias: (N,), or None.
         plain: the same in the dtype of x.
     """
-    if not x.shape[0] or WAYS[backward] not in kept.ways or not kept.good(weight):
+    if not fits(x.shape[0], weight) or WAYS[backward] not in kept.ways or not kept.good(weight):
         return plain()
     side = kept.side(weight, backward)
     if not kept.auto:
