@@ -64,6 +64,12 @@ def paired(first: dict[int, dict], second: dict[int, dict], metric: str) -> Inte
     return interval([first[s][metric] - second[s][metric] for s in seeds]) if seeds else None
 
 
+def seeds_said(counts: Sequence[int]) -> str:
+    """How many seeds runs have, in words."""
+    low, high = min(counts), max(counts)
+    return f"{high} seed{'s' if high > 1 else ''}" if low == high else f"{low} to {high} seeds"
+
+
 # -- pages and plots ---------------------------------------------------------------------------------------------------
 
 

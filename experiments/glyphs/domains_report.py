@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from plan import Chosen, Spec, chosen, comparison_specs, key_of, tuning_specs
-from reporting import Results, interval, paired, replace_block, save_figure, table, verdict
+from reporting import Results, interval, paired, replace_block, save_figure, seeds_said, table, verdict
 
 from difffit_fast._files import write_text
 from difffit_fast.errors import DiffFitError
@@ -85,7 +85,7 @@ def setting(plan: Spec, runs: Runs) -> str:
     seeds = [len(by_seed) for domains in runs.values() for found in domains.values() for by_seed in found.values()]
     sampling = plan["sampling"]
     return (
-        f"{min(seeds)} to {max(seeds)} seeds; {plan['batch']} images a step; {sampling['images']} samples a run "
+        f"{seeds_said(seeds)}; {plan['batch']} images a step; {sampling['images']} samples a run "
         f"({sampling['steps']} DDIM steps, guidance {sampling['cfg_scale']:g}, averaged weights). Held-out loss is DiT's, the "
         "same noise and timesteps for everybody, on families that were neither shown nor used to choose anything."
     )

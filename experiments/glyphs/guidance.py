@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # reporting.py,
 import domains
 import yaml
 from plan import Spec, key_of
-from reporting import Interval, Results, interval, paired, replace_block, save_figure, table, verdict
+from reporting import Interval, Results, interval, paired, replace_block, save_figure, seeds_said, table, verdict
 
 from difffit_fast import Sampler
 from difffit_fast._files import sha256
@@ -131,8 +131,8 @@ def write(plan: Spec, base: str, results: Results, folder: Path, page: Path) -> 
         raise DiffFitError("there are no samples to report yet")
     seeds = [len(lines) for of in found.values() for lines in of.values()]
     parts = [
-        f"DiffFit on {plan['shown']} images ({plan['steps']} steps of {plan['batch']} at {plan['lr']:g}), {min(seeds)} to "
-        f"{max(seeds)} seeds; {plan['sampling']['images']} samples each, {plan['sampling']['steps']} DDIM steps, the same noise "
+        f"DiffFit on {plan['shown']} images ({plan['steps']} steps of {plan['batch']} at {plan['lr']:g}), "
+        f"{seeds_said(seeds)}; {plan['sampling']['images']} samples each, {plan['sampling']['steps']} DDIM steps, the same noise "
         "for all kinds and scales of a seed."
     ]
     for domain, of in found.items():
