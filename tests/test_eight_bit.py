@@ -539,7 +539,7 @@ def test_gradients_of_a_real_base(emulated: None, kind: str, least: float, dtype
     assert all(torch.equal(a, b) for a, b in zip(found.values(), gradients(model, inputs).values(), strict=True))
     report = model.eight_bit_report()
     assert {one["kind"] for one in report.values()} == {kind} and len(report) == 24
-    assert f"24 of 24 frozen weights of the blocks are multiplied in {kind}" in summary(report)
+    assert f"42 of 48 products with the frozen weights of the blocks are in {kind}" in summary(report)
 
 
 def test_the_parameters_know_nothing_of_it(emulated: None, tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ def complain(model: Any, problem: str) -> None:
 
 
 def report(model: Any) -> dict[str, dict[str, Any]]:
-    """What has become of each of the blocks' weights, by name: ``kind`` ("int8", "fp8", or None in the compute dtype) and, where
-    it was quantized, the relative ``error`` of that.
+    """What has become of each of the blocks' weights, by name: ``kind`` ("int8", "fp8", or None in the compute dtype), the
+    products that are of that kind (``ways``), and, where it was quantized, the relative ``error`` of that.
 
     Raises:
         DiffFitError: a dtype that was asked for by name is not to be had from the device.
@@ -111,22 +111,24 @@ def report(model: Any) -> dict[str, dict[str, Any]]:
     for name, linear in linears(model):
         kept = eight_bit_of(linear.weight)
         if kept is None:
-            found[name] = {"kind": None, "error": None}
+            found[name] = {"kind": None, "ways": (), "error": None}
         else:
-            error = kept.error(linear.weight)
-            found[name] = {"kind": kept.kind if kept.good(linear.weight) else None, "error": error}
+            good = kept.good(linear.weight)
+            found[name] = {
+                "kind": kept.kind if good else None, "ways": kept.ways if good else (), "error": kept.error(linear.weight),
+            }  # fmt: skip
     return found
 
 
 def summary(found: dict[str, dict[str, Any]]) -> str:
     """:func:`report` in a sentence."""
-    kinds = [one["kind"] for one in found.values()]
-    used = [kind for kind in kinds if kind]
+    used = [one["kind"] for one in found.values() if one["kind"]]
     if not used:
         return "no frozen weight is multiplied in eight bits"
+    products = sum(len(one["ways"]) for one in found.values())
     errors = {name: one["error"] for name, one in found.items() if one["kind"]}
     worst = max(errors, key=lambda name: errors[name])
     return (
-        f"{len(used)} of {len(kinds)} frozen weights of the blocks are multiplied in {used[0]}; the worst is {worst}, "
-        f"off by {errors[worst]:.2%}"
+        f"{products} of {len(WAYS) * len(found)} products with the frozen weights of the blocks are in {used[0]}; the worst "
+        f"weight is {worst}, off by {errors[worst]:.2%}"
     )
