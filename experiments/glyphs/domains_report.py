@@ -173,8 +173,10 @@ def claims(domains: dict[str, dict[str, dict[int, Run]]]) -> str:
                 if difference is not None:
                     words[verdict(difference)].append(domain)
             better, worse, neither = (len(words[word]) for word in ("holds", "the reverse", "undecided"))
-            row.append(f"better on {better}, worse on {worse}, undecided on {neither}")
-        rows.append(row)
+            if better or worse or neither:
+                row.append(f"better on {better}, worse on {worse}, undecided on {neither}")
+        if len(row) > 1:
+            rows.append(row)
     text = "Differences paired by seed; better or worse where the 95 % interval of the difference excludes 0.\n\n"
     return text + table(["", *(f"by {label}" for label in MEASURES.values())], rows)
 
