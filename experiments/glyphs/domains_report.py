@@ -190,6 +190,7 @@ def draw_curves(plan: Spec, base: str, results: Results, path: Path) -> bool:
             found.setdefault(str(spec["shown"]), []).append((spec, run))
     if not found:
         return False
+    found = {str(shown): found[str(shown)] for shown in plan["shown"] if str(shown) in found}
 
     def draw(plt: Any) -> Any:
         figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4), squeeze=False, sharey=True)
@@ -202,7 +203,7 @@ def draw_curves(plan: Spec, base: str, results: Results, path: Path) -> bool:
                 axis.plot(
                     *zip(*run["curve"], strict=True), style, color=colours.get(spec["name"]), label=label, linewidth=1
                 )
-            axis.set(title=f"{shown} images", xlabel="step", xscale="symlog")
+            axis.set(title=f"{shown} images", xlabel="step")
         axes[0][0].set_ylabel(f"loss on {plan['tuning']['domain']} that was not shown")
         axes[0][0].legend(frameon=False, fontsize=7)
         figure.supxlabel("from the lowest rate to the highest: dotted, solid, (dash-dotted,) dashed", fontsize=8)
