@@ -33,7 +33,7 @@ import domains
 import torch
 import yaml
 from measures import READER, Instrument
-from reporting import Results, interval, paired, replace_block, save_figure, table
+from reporting import Interval, Results, interval, paired, replace_block, save_figure, table
 from torch import Tensor
 
 from difffit_fast import FastDiffFitDiT, Sampler, create_diffusion
@@ -234,7 +234,7 @@ def training_table(plan: Spec, runs: dict[str, dict[int, dict[str, Any]]]) -> st
         difference = paired(by_seed, reference, "frechet")
         rows.append([
             name, str(len(by_seed)), str(interval([run["loss"] for run in by_seed.values()])),
-            "–" if name == REFERENCE else f"{change.mean:+.2%} ± {change.half:.2%}",
+            "–" if name == REFERENCE else _percent(change),
             str(interval([run["frechet"] for run in by_seed.values()])), "–" if name == REFERENCE else str(difference),
             f"{statistics.mean(run['letters'] for run in by_seed.values()):.1%}",
         ])  # fmt: skip
@@ -244,6 +244,10 @@ def training_table(plan: Spec, runs: dict[str, dict[int, dict[str, Any]]]) -> st
         f"**Training**: {setting['steps']} steps of {setting['batch']} images at {setting['lr']:g} and sampling, all in that "
         "arithmetic; differences paired by seed, with 95 % intervals.\n\n" + table(head, rows)
     )
+
+
+def _percent(change: Interval) -> str:
+    return f"{change.mean:+.2%} ± {change.half:.2%}" if change.n > 1 else f"{change.mean:+.2%} (one run)"
 
 
 def draw(plan: Spec, runs: dict[str, dict[str, Any]], path: Path) -> None:
