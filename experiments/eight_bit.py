@@ -60,13 +60,10 @@ def specs(plan: Spec) -> Iterator[tuple[str, str, Spec]]:
     shared = {"base": sha256(model_path(plan["base"])), "domain": plan["domain"]}
     for name, variant in plan["variants"].items():
         yield "gradients", name, {**shared, **variant, **plan["gradients"]}
+    trained = {**shared, **plan["training"], "sampling": plan["sampling"]}
     for seed in plan["seeds"]:
-        for name, variant in plan["variants"].items():
-            yield (
-                "training",
-                name,
-                {**shared, **variant, **plan["training"], "sampling": plan["sampling"], "seed": seed},
-            )
+        for name in plan["trained"]:
+            yield "training", name, {**trained, **plan["variants"][name], "seed": seed}
 
 
 @contextlib.contextmanager

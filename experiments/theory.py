@@ -70,12 +70,12 @@ def features(dim: int, activation: str, weights: str, seed: int) -> Tensor:
     return ACTIVATIONS[activation](E @ W.T + B)
 
 
-def descend(A: Tensor, Y: Tensor, max_steps: int, tolerance: float = 1e-11) -> tuple[Tensor, int]:
-    """Gradient descent on ‖A γ − y‖² from γ = 1 for every column y of ``Y`` [m, k]; step 1/σ_max².
+def descend(gram: Tensor, right: Tensor, max_steps: int, tolerance: float = 1e-11) -> tuple[Tensor, int]:
+    """Gradient descent on ‖A γ − y‖² from γ = 1 for every column y of Y [m, k]; step 1/σ_max².
 
-    Stops when a step moves γ by less than ``tolerance``, relative, in every column. Returns γ [D, k] and the steps.
+    ``gram`` is Aᵀ A [D, D] and ``right`` Aᵀ Y [D, k]: all that it sees. Stops when a step moves γ by less than
+    ``tolerance``, relative, in every column. Returns γ [D, k] and the steps.
     """
-    gram, right = A.T @ A, A.T @ Y
     rate = 1 / float(torch.linalg.eigvalsh(gram)[-1])
     shrink, shift = torch.eye(len(gram), dtype=F64) - rate * gram, rate * right
     gamma = torch.ones_like(right)
@@ -98,7 +98,7 @@ def bound_case(dim: int, activation: str, weights: str, seed: int, etas: list[fl
     noises = {"random": random / random.norm(), "worst": U[:, -1]}
     kinds = [(kind, eta) for kind in noises for eta in etas]
     Y = [A @ target + noises[kind] * (eta * math.sqrt(m) * target.norm()) for kind, eta in kinds]
-    gammas, steps = descend(A, torch.stack(Y, dim=1), max_steps)
+    gammas, steps = descend(A.T @ A, A.T @ torch.stack(Y, dim=1), max_steps)
     return [
         {
             "noise": kind,

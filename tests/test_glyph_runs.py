@@ -15,6 +15,7 @@ import yaml
 from difffit_fast import DiT, load_model
 from difffit_fast.errors import DiffFitError
 from difffit_fast.models.header import write_model_file
+from difffit_fast.sample.images import save_png
 from difffit_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +28,11 @@ pytest.importorskip("matplotlib")
 import base  # noqa: E402
 import domains  # noqa: E402
 import eight_bit  # noqa: E402
+import gamma  # noqa: E402
 import guidance  # noqa: E402
 import plan as planning  # noqa: E402
-from alphabet import LETTERS, Glyphs  # noqa: E402
+import resolution  # noqa: E402
+from alphabet import LETTERS, Glyphs, folder_of  # noqa: E402
 from reporting import Results  # noqa: E402
 
 PLAN = yaml.safe_load((GLYPHS / "domains.yaml").read_text(encoding="utf-8"))
@@ -200,10 +203,69 @@ def test_guidance_is_reported_with_who_wins(tmp_path: Path) -> None:
     assert (tmp_path / "guidance.png").stat().st_size > 10_000 and "| from the base | 5 |" in text
 
 
+# -- twice the resolution -----------------------------------------------------------------------------------------------
+def test_twice_the_resolution_runs_and_reports(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for part, fonts in (("train", ("a-400", "b-400")), ("val", ("c-400",))):
+        for character in LETTERS:
+            folder = tmp_path / "data" / "base" / part / folder_of(character)
+            folder.mkdir(parents=True)
+            for font in fonts:
+                save_png(
+                    torch.randint(0, 256, (48, 48), dtype=torch.uint8, generator=generator).numpy(),
+                    folder / f"{font}.png",
+                )
+    tiny = {"seeds": [0], "kinds": ["scaled", "native"], "size": 48, "shown": 30, "held_out": 52, "batch": 4, "lr": 1e-3,
+            "steps": 2, "points": [0, 2], "sampling": {"images": 66, "steps": 1, "cfg_scale": 2.0}}  # fmt: skip
+    plan, page = tmp_path / "plan.yaml", tmp_path / "page.md"
+    plan.write_text(yaml.safe_dump(tiny))
+    page.write_text("before\n<!-- resolution: begin -->STALE<!-- resolution: end -->after\n")
+    arguments = ["--plan", plan, "--results", tmp_path, "--page", page, "--cache", tmp_path / "cache"]
+    assert resolution.main([*map(str, arguments), "--data", str(tmp_path / "data")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "resolution.jsonl").read_text().splitlines()]
+    assert {line["spec"]["kind"]: line["pos_embed_scale"] for line in lines} == {"scaled": 0.5, "native": 1.0}
+    assert all(set(line["losses"]) == {"0", "2"} for line in lines)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        f"{kind}-{when}.png" for kind in ("scaled", "native") for when in ("before", "after")
+    }
+    text = page.read_text()
+    assert text.startswith("before\n") and "STALE" not in text and "| loss at step 2 |" in text
+    plan.write_text(yaml.safe_dump({**tiny, "size": 24}))
+    assert resolution.main([*map(str, arguments), "--data", str(tmp_path / "data")]) == 2
+
+
+# -- γ on the base ------------------------------------------------------------------------------------------------------
+def test_moments_are_those_of_all_rows_and_the_worst_noise_costs_what_the_formula_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(2000, 8, generator=generator, dtype=torch.float64) + 0.3
+    seen = gamma.Moments(generator)
+    for part in A.view(40, 50, 8).split(16):
+        seen.see(torch.nn.Identity(), (), part)
+    assert seen.rows == 2000
+    torch.testing.assert_close(seen.gram, A.T @ A)
+    got = gamma._bound(seen, {"spread": 2.0, "eta": 0.1, "max_steps": 20000}, generator)
+    least = torch.linalg.svdvals(A)[-1] ** 2 / (2000 * A.var(0, correction=0).min())
+    assert got["independence"] == pytest.approx(float(least))
+    assert got["worst_at_end"] == pytest.approx(1 / (4 * (2 * float(least)) ** 0.5), rel=1e-6)
+    assert got["worst"] == pytest.approx(got["worst_at_end"], rel=1e-6) and got["random_at_end"] < got["worst_at_end"]
+
+
+def test_gamma_comes_nearer_to_the_truth_by_training() -> None:
+    spec = {"first": 0, "end": 1000, "spread": 2.0, "seed": 0, "steps": 6, "batch": 8, "lr": 1e-2, "looks": 16}
+    found = gamma.recovery("glyphs", spec, gamma.load(gamma.IMAGES))
+    assert found["trained"] == 6 * 2 * 128 and found["prediction"] < 0.95 and found["gamma"] < 1
+
+
 # -- the pages ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("script", "stored", "page"),
-    [(domains, "glyphs", "experiments"), (guidance, "guidance", "experiments"), (eight_bit, "eight_bit", "eight-bit")],
+    [
+        (domains, "glyphs", "experiments"),
+        (guidance, "guidance", "experiments"),
+        (resolution, "resolution", "experiments"),
+        (gamma, "gamma", "experiments_theory"),
+        (eight_bit, "eight_bit", "eight-bit"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_pages_say_what_the_stored_runs_say(tmp_path: Path, script: Any, stored: str, page: str) -> None:
@@ -214,6 +276,6 @@ def test_pages_say_what_the_stored_runs_say(tmp_path: Path, script: Any, stored:
     shutil.copytree(docs / "experiments", tmp_path / "experiments")
     copied = tmp_path / f"{page}.md"
     shutil.copy(docs / f"{page}.md", copied)
-    arguments = ["--report", "--results", tmp_path / "experiments", "--page", copied, "--cache", tmp_path / "none"]
+    arguments = ["--report", "--results", tmp_path / "experiments", "--page", copied]
     assert script.main(list(map(str, arguments))) == 0
     assert copied.read_text(encoding="utf-8") == (docs / f"{page}.md").read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ TINY = {
 
 def test_descent_finds_the_least_squares_solution():
     A, y = torch.randn(40, 5, dtype=theory.F64), torch.randn(40, 2, dtype=theory.F64)
-    gamma, steps = theory.descend(A, y, 100_000)
+    gamma, steps = theory.descend(A.T @ A, A.T @ y, 100_000)
     torch.testing.assert_close(gamma, torch.linalg.lstsq(A, y).solution, rtol=1e-8, atol=1e-8)
     assert steps < 100_000
 
