@@ -46,6 +46,23 @@ def _rescale(size: Size) -> Case:
     )  # fmt: skip
 
 
+def _product_int8(size: Size) -> Case | None:
+    """The product alone, rows and weight in int8 already; "library" is PyTorch's and the pass that rescales. None on a CPU."""
+    if room(size.device, size.dtype) != "triton" or eight_bit.refusal("int8", size.device) is not None:
+        return None
+    n, k = 4 * size.D, size.D
+    q, values = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=size.device) for rows in (size.M, n))
+    row, column = (size.draw(length, dtype=torch.float32) for length in (size.M, n))
+    bias = size.draw(n)
+    rescale = pick("eight_bit", eight_bit.rescale, bias)
+    args = (q, row, values, column, bias, size.dtype)
+    return Case(
+        pick("eight_bit", eight_bit.product_int8, bias), eight_bit.product_int8, args,
+        bytes=nbytes(*args[:-1]) + size.M * n * bias.element_size(), flops=2 * size.M * n * k, implementation="triton",
+        more={"library": lambda q, row, values, *rest: rescale(torch._int_mm(q, values.t()), row, *rest)},
+    )  # fmt: skip
+
+
 def _product(kind: str, backward: bool, size: Size) -> Case | None:
     """None where the device has no such products."""
     if eight_bit.refusal(kind, size.device) is not None:
@@ -74,6 +91,7 @@ def _room(size: Size, kind: str) -> str:
 KERNELS = {
     **{f"quantize_{kind}_{w}D": functools.partial(_quantize, kind, w) for kind in PRODUCT_ERROR for w in (1, 4)},
     "rescale_4D": _rescale,
+    "product_int8_D_to_4D": _product_int8,
     **{
         f"{kind}_D_to_4D_{way}": functools.partial(_product, kind, way == "backward")
         for kind in PRODUCT_ERROR

@@ -14,8 +14,9 @@ the others by name: "attention_forward, d=80". "T=100" stands for a number of to
 Columns: registers per thread; spill, the local-memory loads and stores in the machine code plus the stack frame in bytes
 (all must be 0); shared memory in bytes; the widest global load in bits (128 wanted); as an aid to tuning, warps per program
 and programs per multiprocessor that registers and shared memory allow; and which tensor cores are used how often: HMMA by
-warps (sm_80, 120), HGMMA by groups of four (sm_90), UTCHMMA by one thread (sm_100). "one by one" is said of an HGMMA kernel
-whose products ptxas lets none overlap (its warning C7510 ff.), which shows as a fence around each.
+warps (sm_80, 120), HGMMA by groups of four (sm_90), UTCHMMA by one thread (sm_100); IMMA and IGMMA are those of int8, which
+sm_100 has by warps alone. "one by one" is said of an HGMMA or IGMMA kernel whose products ptxas lets none overlap (its warning
+C7510 ff.), which shows as a fence around each.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import torch
 
 ARCHITECTURES = (80, 90, 100, 120)
 HEADS = {384: 64, 768: 64, 1024: 64, 1152: 72}  # channels of a head, by width of the published DiT
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA")
 HEAD_SIZES = (64, 72, 80, 96, 128)
 # Registers and shared memory of a multiprocessor, most threads and most blocks on it (CUDA programming guide, table of
 # compute capabilities).
@@ -131,6 +133,22 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "rescale": lambda: eight_bit.rescale(
             torch.empty(M, N, dtype=torch.int32), torch.empty(M), torch.empty(N), None, h_dtype
         ),
+        "product_int8": lambda: eight_bit.product_int8(
+            torch.empty(M, dim, dtype=torch.int8),
+            torch.empty(M),
+            torch.empty(N, dim, dtype=torch.int8),
+            torch.empty(N),
+            None,
+            h_dtype,
+        ),
+        "product_int8, of fc2": lambda: eight_bit.product_int8(
+            torch.empty(M, N, dtype=torch.int8),
+            torch.empty(M),
+            torch.empty(dim, N, dtype=torch.int8),
+            torch.empty(dim),
+            torch.empty(dim),
+            h_dtype,
+        ),
         "modulation_forward": lambda: modulation.modulation_forward(m, of_m, norm, per_branch, per_branch),
         "modulation_backward": lambda: modulation.modulation_backward(planes, m, of_m, norm, per_branch, per_branch),
         "scale_qkv": lambda: attention.scale_qkv(z, packed[3]),
@@ -213,7 +231,7 @@ def inspect(kernel: Any, arch: int) -> dict[str, Any]:
         "loads": len(loads),
         "warps": warps,
         "resident": resident,
-        **{kind: len(re.findall(rf"\b{kind}\b", sass)) for kind in ("HMMA", "HGMMA", "UTCHMMA")},
+        **{kind: len(re.findall(rf"\b{kind}\b", sass)) for kind in TENSOR_CORES},
         "fences": len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
     }
@@ -256,8 +274,8 @@ def table(
 
 def products(row: dict[str, Any]) -> str:
     """Instructions of a kernel that multiply matrices, and whether those of warp groups wait for each other."""
-    found = [f"{row[kind]} {kind}" for kind in ("HMMA", "HGMMA", "UTCHMMA") if row[kind]]
-    return ", ".join(found) + (" one by one" if row["fences"] >= row["HGMMA"] > 0 else "")
+    found = [f"{row[kind]} {kind}" for kind in TENSOR_CORES if row[kind]]
+    return ", ".join(found) + (" one by one" if row["fences"] >= row["HGMMA"] + row["IGMMA"] > 0 else "")
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:

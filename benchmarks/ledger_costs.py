@@ -52,6 +52,9 @@ SPLIT_FROM, SPLIT = 4096, 0.95
 # What is left of the fp8 rate where sums are kept in float32 and each row has a scale, as ours: assumed, to be replaced by a
 # measurement. Reports go from no loss to several times slower, by shape and version (pytorch issue 147971, ao issue 2184).
 FP8_BY_ROWS = 0.75
+# The int8 product of this package, in tiles of 128 × 256 and never cut along K, as a share of what PyTorch's is assumed to reach
+# with that tile: assumed, too.
+OWN_INT8 = 0.80
 # Attention at head size 72, as a share of the datasheet's rate, the arithmetic counted without padding: (forward, backward)
 # up to 256 tokens and from 1024 on, in between by the logarithm. Estimates from published curves; what the library does
 # inside (a float32 dq that is cleared, added to and converted) is in them. For a kernel of this package count what it
@@ -81,7 +84,7 @@ class Launch(NamedTuple):
     op: str = ""
     shape: str = ""
     count: int = 1
-    multiplied: str = "bf16"  # what a product multiplies, or "fp8", "int8"
+    multiplied: str = "bf16"  # what a product multiplies, or "fp8", "int8", or "own int8", by this package
 
     def microseconds(self, device: str) -> float:
         about = DEVICES[device]
@@ -97,16 +100,19 @@ class Launch(NamedTuple):
             return about.teraflops * share
         batch, m, n, k = self.product or (1, 1, 1, 1)
         best = 0.0
+        own = self.multiplied == "own int8"
         for (rows, cols), share in TILES.items():
+            if own and (rows, cols) != (128, 256):
+                continue
             tiles = batch * math.ceil(m / rows) * math.ceil(n / cols)
             waves = tiles / about.multiprocessors
             best = max(best, share * batch * m * n / (rows * cols * about.multiprocessors * math.ceil(waves)))
-            if k >= SPLIT_FROM:
+            if k >= SPLIT_FROM and not own:
                 best = max(best, share * SPLIT * batch * m * n / (rows * cols * tiles))
         if self.multiplied == "bf16":
             return about.teraflops * PRODUCT * best
-        slower = FP8_BY_ROWS if self.multiplied == "fp8" else 1.0
-        return about.eight_bit[self.multiplied] * slower * PRODUCT * best
+        slower = {"fp8": FP8_BY_ROWS, "own int8": OWN_INT8}.get(self.multiplied, 1.0)
+        return about.eight_bit[self.multiplied.removeprefix("own ")] * slower * PRODUCT * best
 
 
 def _through_memory(batch: int, m: int, n: int, k: int) -> bool:
@@ -375,6 +381,7 @@ class Kernel:
     part: dict[str, Any] = field(default_factory=dict)
     flops: Callable[[dict[str, Any]], float] | None = None
     attention: Callable[[dict[str, Any]], tuple[str, int, int]] | None = None
+    multiplies: tuple[str, str] | None = None  # the arguments (M, K) and (N, K) of an int8 product
 
     def launches(self, call: Call) -> list[Launch]:
         reads, writes, scratch = self.reads.split(), self.writes.split(), self.scratch.split()
@@ -387,6 +394,12 @@ class Kernel:
             if name in tensors:
                 share = self.part.get(name, 1)
                 bytes += int(tensors[name].bytes * (share(call.args) if callable(share) else share))
+        if self.multiplies:
+            (m, k), (n, _) = (tensors[name].shape for name in self.multiplies)
+            of = (1, m, n, k)
+            return [
+                Launch(call.name, self.kind, bytes, 2.0 * m * n * k, of, shape=f"{m}×{n}×{k}", multiplied="own int8")
+            ]
         return [
             Launch(
                 call.name, self.kind, bytes, self.flops(call.args) if self.flops else 0.0,
@@ -445,6 +458,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "quantize": Kernel("eight bits", "x", "q scale"),
     "rescale": Kernel("eight bits", "product row column bias", "y"),
+    "product": Kernel("products", "q row values column bias", "y", multiplies=("q", "values")),
     "colsum": Kernel("sums", "x", "", "out", part={"x": _columns}),
     "finish": Kernel("sums", "", "out0 out1 out2 out3", "part0 part1 part2 part3", part=_FINISH),
 }

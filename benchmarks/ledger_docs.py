@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ledger_costs import DEVICES, FP8_BY_ROWS, KERNELS, Launch
+from ledger_costs import DEVICES, FP8_BY_ROWS, KERNELS, OWN_INT8, Launch
 from ledger_step import config_of, extrapolated, step, summary
 
 from difffit_fast._files import write_text
@@ -144,7 +144,8 @@ def eight_bit(found: Steps) -> str:
         f"{MODEL}, 256 px, a step in a CUDA graph. **Everything here is predicted** by `benchmarks/ledger.py`; the last "
         f"columns have no\nnumbers yet. Eight-bit products are assumed to reach the share of the datasheet's rate "
         f"({rate['int8']:.0f} TOP/s, A100 {DEVICES['a100'].eight_bit['int8']:.0f}) that\nbfloat16's reach of theirs, and "
-        f"those of fp8 {FP8_BY_ROWS:.0%} of that, for scales by rows and sums kept in float32."
+        f"those of fp8 {FP8_BY_ROWS:.0%} of that, for scales by rows and sums kept in float32; int8's are of this\npackage, "
+        f"assumed at {OWN_INT8:.0%}."
     )
 
     def cells(key: tuple[str, int], mode: str) -> str:

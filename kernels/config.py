@@ -37,6 +37,17 @@ class AttentionPlan(NamedTuple):
     stages: int  # blocks on their way or in use at once
 
 
+class ProductPlan(NamedTuple):
+    """How the int8 product is cut."""
+
+    rows: int  # of a tile of the result
+    cols: int
+    depth: int  # channels that are multiplied at once
+    group: int  # tiles below each other that are taken before those beside
+    warps: int
+    stages: int  # pieces of the operands on their way or in use at once
+
+
 # Architectures, and the multiprocessors of the device each is tuned for: A100, H100/H200, B200, RTX 5090. Triton's
 # interpreter on the CPU, where every call costs and no element does, counts as one more.
 INTERPRETER = 0
@@ -95,6 +106,16 @@ _ROTATION = {INTERPRETER: (16, 512, 4), 80: (1, 2048, 8), 90: (1, 2048, 8), 100:
 _GELU_ROWS = {
     INTERPRETER: (512, 4, 4, 4), 80: (1024, 6, 8, 2), 90: (1024, 6, 8, 2), 100: (1024, 6, 8, 2), 120: (1024, 6, 8, 2),
 }  # fmt: skip
+
+# The int8 product. Tiles of 128 × 256 read the operands 1/128 + 1/256 times for each result, for which 128 registers of a thread
+# are the sum; what lies in shared memory is (rows + cols) · depth · stages bytes, which sm_120 has half as many of.
+_PRODUCT = {
+    INTERPRETER: (64, 128, 128, 8, 4, 1),  # which multiplies integers slowly
+    80: (128, 256, 64, 8, 8, 4),
+    90: (128, 256, 128, 8, 8, 3),
+    100: (128, 256, 128, 8, 8, 3),
+    120: (128, 128, 128, 8, 8, 3),
+}
 
 # Attention kernels, for heads of up to so many channels: rows of the block that a program owns, rows of a block that it walks
 # over, warps, stages of the pipeline that loads those. Long blocks of a program's own are worth their registers, since all
@@ -168,6 +189,12 @@ def tile_plan(arch: int, vector: int) -> Plan:
     """Plan of a tile kernel on ``arch``."""
     cols, warps, stack, programs = _TILES[arch]
     return Plan(32 * vector * warps // cols, cols, stack, warps, programs * _MULTIPROCESSORS[arch])
+
+
+@cache
+def product_plan(arch: int) -> ProductPlan:
+    """Plan of the int8 product on ``arch``."""
+    return ProductPlan(*_PRODUCT[arch])
 
 
 @cache

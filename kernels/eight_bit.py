@@ -1,15 +1,17 @@
 """eight_bit: rows in eight bits with a scale for each, rotated before or not, and what becomes of the int8 product.
 
     largest = max_k |x_k|,   scale = largest / top,   q_k = x_k·(top / largest) to the nearest       top = 127 or 448
-    y_mn = product_mn·column_n·row_m + bias_n
+    y_mn = product_mn·column_n·row_m + bias_n              product_mn = Σ_k q_mk·values_nk
 
 A row with a value that is not finite has the scale NaN. Rotated: each BLOCK channels times a Hadamard matrix over √BLOCK, by
 log₂ BLOCK additions of each value.
 
-Bytes per element in bfloat16: quantizing 3 (reads x, writes q); rescale 6 (reads int32, writes y). Kernels that hold a row
+Bytes per element in bfloat16: quantizing 3 (reads x, writes q); rescale 6 (reads int32, writes y), which product_int8 saves,
+and the 4 of the int32 that it never writes: 2 in place of 10. Kernels that hold a row
 anyway (``residual``, ``frozen_mlp``) end in :func:`quantize_rows`: 1, and the row is neither written in bfloat16 nor read.
 
-Who owns what: a program of quantizing owns ROWS rows; one of rescale a tile, as the kernels of ``frozen_mlp``.
+Who owns what: a program of quantizing owns ROWS rows; one of rescale a tile, as the kernels of ``frozen_mlp``; one of
+product_int8 a tile of y, GROUP tiles below each other before the next column of tiles, so that what neighbours read stays in L2.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, launch, quantize_plan, tile_plan, vector
-from .tiles import CUTS_OFF, load_rows, load_stack, store_stack, widen
+from .config import architecture, chunks_of, launch, product_plan, quantize_plan, tile_plan, vector
+from .tiles import CUTS_OFF, load_rows, load_stack, narrow, store_stack, widen
 
 _LEAST = tl.constexpr(1e-30)  # a row whose largest value is less is all zeros
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: a sum with it is rounded to an integer, ties to even
@@ -155,6 +157,47 @@ def _rescale_kernel(
         start += SUB * COUNT
 
 
+@triton.jit(do_not_specialize=["M"])
+def _product_kernel(
+    q_ptr, row_ptr, values_ptr, column_ptr, bias_ptr, y_ptr, M,
+    BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (N + COLS - 1) // COLS
+    group = tl.program_id(0) // (GROUP * blocks)
+    height = tl.minimum(tl.cdiv(M, ROWS) - group * GROUP, GROUP)
+    place = tl.program_id(0) % (GROUP * blocks)
+    first = (group * GROUP + place % height).to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    count = tl.minimum(M - first, ROWS).to(tl.int32)
+    cols = (place // height) * COLS + tl.arange(0, COLS)
+    inside = cols < N
+    # Rows and columns beyond the end are read from within, which no mask need be asked for, and not stored.
+    here, there = tl.where(rows < count, rows, 0), tl.where(inside, cols, 0)
+    q_ptr += first * K
+    depth = tl.arange(0, DEPTH)
+    a_ptr = q_ptr + (here[:, None] * K + depth[None, :])
+    b_ptr = values_ptr + (there[None, :].to(tl.int64) * K + depth[:, None])
+    acc = tl.zeros([ROWS, COLS], dtype=tl.int32)
+    for step in tl.range(0, (K + DEPTH - 1) // DEPTH, num_stages=STAGES):
+        if K % DEPTH == 0:
+            a, b = tl.load(a_ptr), tl.load(b_ptr)
+        else:
+            left = depth < K - step * DEPTH
+            a, b = tl.load(a_ptr, mask=left[None, :], other=0), tl.load(b_ptr, mask=left[:, None], other=0)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a_ptr += DEPTH
+        b_ptr += DEPTH
+    column = tl.load(column_ptr + cols, mask=inside, other=0.0)
+    row = tl.load(row_ptr + first + rows, mask=rows < count, other=0.0)
+    y = acc.to(tl.float32) * column[None, :] * row[:, None]
+    if BIAS:
+        y += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+    y_ptr += first * N
+    mask = (rows < count)[:, None] & inside[None, :]
+    tl.store(y_ptr + (rows[:, None] * N + cols[None, :]), narrow(y, y_ptr.dtype.element_ty), mask=mask)
+
+
 def empty_fp8(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For what :func:`quantize_rows` stores of rows like those of ``like`` [..., D]: e4m3 [..., D], float32 [...]."""
     scale = torch.empty(like.shape[:-1], dtype=torch.float32, device=like.device)
@@ -201,5 +244,27 @@ def rescale(
     launch(
         _rescale_kernel, chunks * blocks, product.device, product, row, column, bias, y, M, chunk_rows,
         BIAS=bias is not None, N=N, SUB=plan.rows, COUNT=plan.stack, COLS=plan.cols, num_warps=plan.warps,
+    )  # fmt: skip
+    return y
+
+
+def product_int8(
+    q: torch.Tensor,
+    row: torch.Tensor,
+    values: torch.Tensor,
+    column: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """q [M, K] times values [N, K] transposed, int8, times row [M] and column [N], plus bias [N] or None: [M, N] in ``dtype``."""
+    (M, K), N = q.shape, values.shape[0]
+    y = torch.empty((M, N), dtype=dtype, device=q.device)
+    if y.numel() == 0:
+        return y
+    plan = product_plan(architecture(q.device))
+    launch(
+        _product_kernel, -(-M // plan.rows) * -(-N // plan.cols), q.device, q, row, values, column, bias, y, M,
+        BIAS=bias is not None, N=N, K=K, ROWS=plan.rows, COLS=plan.cols, DEPTH=plan.depth, GROUP=plan.group,
+        STAGES=plan.stages, num_warps=plan.warps,
     )  # fmt: skip
     return y

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -121,6 +122,50 @@ def test_products_are_rescaled_in_every_room(room: str, given: torch.dtype) -> N
                 small = dtype == F16 and want.numel() and want.abs().max() > 6e4
                 if not small:
                     close("y", y, want if bias is None else want + bias.double())
+
+
+@pytest.mark.parametrize("room", [pytest.param(r, marks=ROOMS[r]) for r in ("reference", "triton", "gpu")])
+def test_int8_products_with_their_scales_in_one(room: str) -> None:
+    """Sizes that no tile divides, more rows than a group of tiles has, and the largest sums that there are."""
+    there = kernels(room)
+    kinds = [(None, F32), (torch.randn(300), BF16), (torch.randn(300, dtype=BF16), F16)]
+    sizes = ((1, 1, 1), (7, 33, 40), (130, 300, 64), (40, 5, 300), (1100, 17, 16), (0, 5, 16), (33, 128, 1000))
+    for (M, N, K), (bias, dtype) in zip(sizes, itertools.cycle(kinds), strict=False):
+        q, values = (torch.randint(-127, 128, (count, K), dtype=torch.int8) for count in (M, N))
+        if K == 1000:
+            q[0], values[0], values[1] = 127, 127, -127
+        row, column = torch.rand(M) / 127, torch.rand(N) / 127
+        if M > 5:
+            row[5] = torch.nan
+        bias = None if bias is None else bias[:N]
+        given = [None if t is None else t.to(there.device) for t in (q, row, values, column, bias)]
+        y = there.product_int8(*given, dtype)
+        want = (q.double() @ values.double().t()) * row.double()[:, None] * column.double()
+        want = want if bias is None else want + bias.double()
+        assert y.dtype == dtype and y.shape == (M, N) and (M <= 5 or y[5].isnan().all())
+        finite = [i for i in range(M) if i != 5]
+        close("y", y[finite], want[finite])
+        assert torch.equal(y[finite], there.product_int8(*given, dtype)[finite])
+
+
+@pytest.mark.parametrize("room", [pytest.param(r, marks=ROOMS[r]) for r in ("triton", "gpu")])
+def test_the_faster_int8_product_is_taken(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = device_of(room)
+    q, values = (torch.randint(-127, 128, (count, 64), dtype=torch.int8, device=device) for count in (32, 48))
+    row, column = torch.rand(32, device=device), torch.rand(48, device=device)
+    side = eight_bit.Side(values, column)
+    kinds = [eight_bit.LIBRARY, eight_bit.OWN]
+    turns = iter(kinds)
+
+    def choose(self: Chooser, key: tuple, candidates: dict, where: torch.device, default: str) -> str:
+        assert key[0] == "int8_product" and key[3:] == (32, 64, 48) and default == eight_bit.LIBRARY
+        assert list(candidates) == kinds
+        return next(turns)
+
+    monkeypatch.setattr(Chooser, "choose", choose)
+    with in_room(room):
+        found = [eight_bit._multiply_rows(eight_bit.Rows(q, row, BF16), side, "int8", None) for _ in kinds]
+    assert torch.equal(*found)
 
 
 def test_a_rotation_is_orthogonal_and_its_own_inverse() -> None:

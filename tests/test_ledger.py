@@ -37,10 +37,10 @@ PINNED = {
     "optimizer and EMA": (4, 50.4),
 }
 # Of a block in eight bits; what is outside the blocks is as above. All products but the forward of fc2: fp8 quantizes three of
-# the seven inputs in kernels of their own, int8 all of them, and it rescales.
+# the seven inputs in kernels of their own, int8 all of them.
 PINNED_EIGHT_BIT = {
     "fast-fp8": {"block 2 forward": (10, 215.3), "block 2 backward": (11, 276.6)},
-    "fast-int8": {"block 2 forward": (14, 375.7), "block 2 backward": (18, 465.3)},
+    "fast-int8": {"block 2 forward": (11, 224.7), "block 2 backward": (14, 333.2)},
 }
 PINNED_XL = {"launches": 625, "forward and backward": 608, "gigabytes": 55.60}  # DiT-XL/2, 256 px, batch 32
 
@@ -86,14 +86,22 @@ def test_launches_and_bytes_in_eight_bits(ledger, monkeypatch: pytest.MonkeyPatc
     assert {where: parts[where] for where in PINNED_EIGHT_BIT[mode]} == PINNED_EIGHT_BIT[mode]
     assert all(parts[where] == pinned for where, pinned in PINNED.items() if not where.startswith("block"))
     products = 7 * DEPTH  # all but the forward of fc2
-    assert products == names["_scaled_mm" if mode == "fast-fp8" else "_int_mm"]
+    assert products == names["_scaled_mm" if mode == "fast-fp8" else "product"] and not names["rescale"]
     # In fp8 the rows of the inputs of qkv and proj, and dz, are quantized by themselves; the others leave their kernels so.
     assert names["quantize"] == (3 * DEPTH if mode == "fast-fp8" else products)
-    assert names["rescale"] == (0 if mode == "fast-fp8" else products)
     elements = BATCH * 256 * 1152
     assert min(o.bytes for o in found if o.name == "quantize") == pytest.approx(3 * elements, rel=0.002)
     if mode == "fast-int8":
-        assert min(o.bytes for o in found if o.name == "rescale") == pytest.approx(6 * elements, rel=0.002)
+        of_both = {name: _int8_product(ledger, name) for name in ("library", "triton")}
+        assert {name: len(of["rescale"]) for name, of in of_both.items()} == {"library": products, "triton": 0}
+        assert min(of_both["library"]["rescale"]) == pytest.approx(6 * elements, rel=0.002)
+        assert 0 < sum(of_both["triton"]["product"]) < sum(of_both["library"]["_int_mm"])  # 2 bytes for a result, not 4
+
+
+def _int8_product(ledger: Any, how: str) -> dict[str, list[float]]:
+    """Bytes of the launches by name."""
+    found, _ = ledger.step.step("fast-int8", config(), BATCH, choices={"int8_product": how})
+    return {name: [o.bytes for o in found if o.name == name] for name in ("product", "_int_mm", "rescale")}
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ LAUNCHERS = [
     "quantize_fp8, of fc2",
     "rescale",
 ]
+PRODUCTS = ["product_int8", "product_int8, of fc2"]
 ATTENTION = [f"attention_{way}{gains}" for way in ("forward", "backward") for gains in ("", ", no gains")]
 
 
@@ -69,13 +70,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Every launcher at D = 1152 with a float32 residual stream and bfloat16 branches, for every architecture."""
     architectures = [str(arch) for arch in ARCHITECTURES]
     folder = tmp_path_factory.mktemp("resources")
-    return resources(folder, "--dim", "1152", "--arch", *architectures, "--kernel", *LAUNCHERS, *ATTENTION)
+    return resources(folder, "--dim", "1152", "--arch", *architectures, "--kernel", *LAUNCHERS, *ATTENTION, *PRODUCTS)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills_and_wide_loads(rows: list[dict], arch: int) -> None:
     mine = [row for row in rows if row["arch"] == arch]
-    assert {row["launcher"] for row in mine} == {n for n in (*LAUNCHERS, *ATTENTION) if arch > 80 or "fp8" not in n}
+    every = (*LAUNCHERS, *ATTENTION, *PRODUCTS)
+    assert {row["launcher"] for row in mine} == {n for n in every if arch > 80 or "fp8" not in n}
     for row in mine:
         assert row["spill"] == 0, row
         assert row["widest_load"] == 128, row
@@ -94,6 +96,19 @@ def test_attention_multiplies_by_warp_groups(rows: list[dict]) -> None:
     assert len(mine) == 6
     for row in mine:
         assert row["HGMMA"] > row["fences"] and row["HMMA"] == 0, f"no products of warp groups, or one by one: {row}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_int8_products_are_those_of_tensor_cores(rows: list[dict], arch: int) -> None:
+    mine = [row for row in rows if row["arch"] == arch and row["launcher"] in PRODUCTS]
+    assert len(mine) == 2
+    for row in mine:
+        if arch == 90:
+            assert row["IGMMA"] > row["fences"] and row["IMMA"] == 0, (
+                f"no products of warp groups, or one by one: {row}"
+            )
+        else:
+            assert row["IMMA"] > 0, row
 
 
 @pytest.mark.reliability

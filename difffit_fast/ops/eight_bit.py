@@ -42,7 +42,7 @@ from torch import Tensor
 
 from .. import _ext
 from ..errors import DiffFitError
-from .dispatch import apart, pick, room
+from .dispatch import apart, pick, room, triton_kernels
 from .probe import Chooser
 from .weights import PLAIN, checksum
 
@@ -51,6 +51,10 @@ WAYS = ("forward", "backward")  # the product of a linear, and that of its input
 ROTATED = {"int8": True, "fp8": False}  # unless somebody says otherwise
 BOUND = 0.05  # a weight that is further off when quantized stays as it is
 PLAIN_PRODUCT = "plain"
+LIBRARY, OWN = (
+    "library",
+    "triton",
+)  # of an int8 product on a GPU: PyTorch's and a pass over its int32, or all in one kernel
 LEAST = 1e-30  # a row whose largest value is less is all zeros
 _BLOCKS = (64, 16, 4)  # powers of four: 1/√block is a power of two, and rotating back is exact
 
@@ -110,6 +114,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) times b (N, K) transposed, both quantised, exact for int8: (M, N) float32 or int32."""
     a, b = decoded(a), decoded(b)
     return a @ b.t() if a.shape[1] * 127**2 < 2**24 else (a.double() @ b.double().t()).float()
+
+
+def product_int8(
+    q: Tensor, row: Tensor, values: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """q (M, K) times values (N, K) transposed, int8, and :func:`rescale` of that: (M, N) in ``dtype``."""
+    return rescale(product(q, values), row, column, bias, dtype)
 
 
 def decoded(x: Tensor) -> Tensor:
@@ -380,7 +391,16 @@ def _multiply_rows(x: Rows, side: Side, kind: str, bias: Tensor | None) -> Tenso
             bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=False,
         )  # fmt: skip
         return y.to(dtype)
-    return to_rows(_integers(q, side), row, side.scale, bias, dtype)
+
+    def library() -> Tensor:
+        return to_rows(_integers(q, side), row, side.scale, bias, dtype)
+
+    if room(q.device, dtype) != "triton":
+        return library()
+    own = triton_kernels("eight_bit").product_int8
+    candidates = {LIBRARY: library, OWN: lambda: own(q, row, side.values, side.scale, bias, dtype)}
+    key = ("int8_product", str(q.device), str(dtype).removeprefix("torch."), *q.shape, len(side.values))
+    return candidates[_chooser.choose(key, candidates, q.device, default=LIBRARY)]()
 
 
 def _packed(values: Tensor) -> Any:

@@ -46,6 +46,8 @@ from difffit_fast.train.track import read_metrics
 read = functools.cache(load)  # tens of thousands of files
 Spec = dict[str, Any]
 Runs = dict[str, dict[int, dict[str, Any]]]  # kind -> seed -> line
+WHEN = ("before", "after")
+SAMPLES = "resolution_samples.png"
 MEASURES = {"frechet": "Fréchet distance", "letters": "letters read"}
 
 
@@ -90,8 +92,7 @@ def run(base: str, spec: Spec, data: Path, folder: Path) -> dict[str, Any]:
         sampler = Sampler(model, "ddim", spec["sampling"]["steps"], spec["sampling"]["cfg_scale"], batch_size=104)
         samples: Tensor = sampler.sample(labels, spec["seed"])
         if spec["seed"] == 0:
-            after = "after" if model is not before else "before"
-            name = folder.parent / f"{spec['kind']}-{after}.png"
+            name = folder.parent / f"{spec['kind']}-{WHEN[model is not before]}.png"
             save_strip(samples.clamp(-1, 1).add(1).mul(127.5).byte(), labels, name)
         return {
             "frechet": frechet(samples, held_out.images, instrument.reader),
@@ -134,7 +135,8 @@ def run_all(plan: Spec, results: Results, args: argparse.Namespace) -> bool:
 
 
 # -- the report ----------------------------------------------------------------------------------------------------------
-def write(plan: Spec, base: str, results: Results, folder: Path, page: Path) -> None:
+def write(plan: Spec, base: str, results: Results, folder: Path, page: Path, cache: Path) -> None:
+    """Table and plots; of the samples, where those of the first seed lie in ``cache``."""
     found: Runs = {kind: {} for kind in plan["kinds"]}
     for spec in specs(plan, base):
         if line := results.runs.get(key_of(spec)):
@@ -148,7 +150,7 @@ def write(plan: Spec, base: str, results: Results, folder: Path, page: Path) -> 
         for step in plan["points"]
     ]
     for measure, name in MEASURES.items():
-        for when in ("before", "after"):
+        for when in WHEN:
             sign = -1 if measure == "letters" else 1
             rows.append(_row(f"{name}, {when}", found, lambda line, w=when, m=measure: line[w][m], sign))
     text = (
@@ -158,6 +160,12 @@ def write(plan: Spec, base: str, results: Results, folder: Path, page: Path) -> 
         + table(["", *kinds, f"{kinds[0]} − {kinds[1]}", f"“{kinds[0]} is better”"], rows)
         + f"\n\n![Held-out loss with scaled and native coordinates]({folder.name}/resolution.png)"
     )
+    sheet(cache, kinds, folder / SAMPLES)
+    if (folder / SAMPLES).exists():
+        text += (
+            "\n\nSamples of the first seed: the base at twice its resolution as it is, and after the steps. Native coordinates "
+            f"put what it knows into a corner.\n\n![Samples before and after, both coordinates]({folder.name}/{SAMPLES})"
+        )
     replace_block(page, "resolution", text)
 
 
@@ -192,6 +200,25 @@ def draw(found: Runs, size: int, path: Path) -> None:
     save_figure(path, figure)
 
 
+def sheet(cache: Path, kinds: list[str], path: Path) -> None:
+    """The capitals of every kind, before and after; nothing where samples are not all there."""
+    files = {(kind, when): cache / f"{kind}-{when}.png" for kind in kinds for when in WHEN}
+    if not all(file.exists() for file in files.values()):
+        return
+
+    def figure(plt: Any) -> Any:
+        fig, axes = plt.subplots(len(files), 1, figsize=(12, 2.6))
+        for axis, ((kind, when), file) in zip(axes, files.items(), strict=True):
+            image = plt.imread(file)
+            axis.imshow(image[:, : image.shape[1] // 2], cmap="gray", interpolation="nearest")
+            axis.set_ylabel(f"{kind}, {when}", rotation=0, ha="right", va="center", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+        fig.subplots_adjust(left=0.1, right=0.995, top=0.99, bottom=0.01, hspace=0.06)
+        return fig
+
+    save_figure(path, figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that render.py wrote, of the size of the plan")
@@ -213,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise DiffFitError(f"--data is needed: the folder that render.py --size {plan['size']} wrote")
             if not run_all(plan, results, args):
                 print("the time is up; the same command goes on from here")
-        write(plan, base, results, args.results, args.page)
+        write(plan, base, results, args.results, args.page, args.cache)
     except (DiffFitError, OSError) as error:
         print(f"resolution: {error}", file=sys.stderr)
         return 2
