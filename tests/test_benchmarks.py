@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from difffit_fast import DiT
+from difffit_fast.ops import use_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--device", "cpu", "--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"]
@@ -70,9 +71,22 @@ def test_products_in_eight_bits_at_a_tiny_size(load, tmp_path: Path, monkeypatch
     words = [*TINY, "--dtypes", "bf16", "fp32", "--json", str(tmp_path / "eight_bit.json")]
     assert common.main("eight_bit", kernels, None, words) == 0
     rows = json.loads((tmp_path / "eight_bit.json").read_text())["rows"]
-    assert {r["kernel"] for r in rows} == set(kernels)
+    assert {r["kernel"] for r in rows} == set(kernels) - {"product_int8_D_to_4D"}  # which Triton has
     errors = {r["kernel"]: r["error"] for r in rows if r["variant"] == "ours" and r["dtype"] == "bf16"}
     assert 1e-3 < errors["int8_D_to_4D_forward"] < errors["fp8_D_to_4D_forward"]  # it is not the plain product
+
+
+@pytest.mark.interpreter
+def test_the_int8_product_is_compared_with_the_library(load, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("DIFFFIT_FAST_EIGHT_BIT", "emulate")
+    size = load("common").Size(1, 40, 16, torch.bfloat16, torch.device("cpu"))
+    with use_kernels("triton"):
+        case = load("bench_eight_bit").KERNELS["product_int8_D_to_4D"](size)
+        found = [call(*case.args) for call in (case.ours, case.reference, *case.more.values())]
+    assert found[0].shape == (40, 64) and case.bytes == 40 * 16 + 64 * 16 + 4 * (40 + 64) + 2 * 64 + 2 * 40 * 64
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other)
 
 
 @pytest.mark.parametrize(
