@@ -1,4 +1,4 @@
-"""Every change to the file system of train, extract, sample, merge and eval is a place to die at; the same
+"""Every change to the file system of train, extract, sample, export, eval, mix and prepare is a place to die at; the same
 command again finishes, and leaves byte for byte what it leaves undisturbed."""
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from pathlib import Path
 import crash
 import pytest
 import torch
+from dataset_twins import food101
 from training import Process, digits, flags
 
 from difffit_fast._files import TEMPORARY
 
-COMMANDS = ("train", "extract", "export", "sample", "eval")
+COMMANDS = ("train", "extract", "export", "sample", "eval", "mix", "prepare")
 ENDLESS = 10**9
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, a base and a delta."""
+    """Images, a data set's archive, a base and a delta."""
     from difffit_fast import DiT, FastDiffFitDiT
     from difffit_fast.models.header import write_model_file
 
     root = tmp_path_factory.mktemp("given")
     digits(root / "images", classes=2, each=5)
+    (root / "archives").mkdir()
+    food101(root / "archives")
     torch.manual_seed(0)
     base = DiT(input_size=8, patch_size=4, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=2)
     write_model_file(
@@ -51,6 +54,8 @@ def words(command: str, given: Path, out: Path) -> list[str]:
                    "--num-sampling-steps", 2, "--cfg-scale", 1, "--per-proc-batch-size", 2, "--device", "cpu"],
         "eval": ["eval", images / "digit0", images / "digit1", "--features", "training:tiny_features", "--metrics", "fd",
                  "--device", "cpu", "--json", out / "scores.json"],
+        "mix": ["mix", "--out", out / "mixed.safetensors", "--overwrite", f"{delta}=0.25", f"{delta}=0.75"],
+        "prepare": ["prepare", "food101", "--root", given / "archives", "--out", out / "food101", "--allow-incomplete"],
     }  # fmt: skip
     return list(map(str, lines[command]))
 
