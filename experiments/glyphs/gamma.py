@@ -12,7 +12,7 @@ that come with the demo, noised:
 2. *Recovery.* The base with γ* on all branches is the truth; γ alone is trained, from 1, on the squared difference of the noise
    predictions, at some levels of noise. How near does it come to γ*, and how near to the truth's predictions?
 
-A line of ``docs/experiments/gamma.jsonl`` is one of these; the settings are in ``gamma.yaml``. A quarter of an hour on one core.
+A line of ``docs/experiments/gamma.jsonl`` is one of these; the settings are in ``gamma.yaml``. Half an hour on one core.
 """
 
 from __future__ import annotations
