@@ -171,8 +171,9 @@ def test_what_a_device_cannot_multiply_is_said(ledger, capsys: pytest.CaptureFix
     words = ["--depth", "1", "--batch-size", "1", "--device", "a100"]
     assert ledger.ledger.main([*words, "--mode", "fast-fp8"]) == 1
     assert "A100 (sm_80) has no fp8 arithmetic" in capsys.readouterr().err
-    assert ledger.ledger.main([*words, "--mode", "fast-int8"]) == 0
-    assert "_int_mm" in capsys.readouterr().out
+    for how, named in (("triton", "product"), ("library", "_int_mm")):
+        assert ledger.ledger.main([*words, "--mode", "fast-int8", "--choose", f"int8_product={how}"]) == 0
+        assert any(named in line.split() for line in capsys.readouterr().out.splitlines()), how
 
 
 @pytest.mark.slow
