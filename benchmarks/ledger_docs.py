@@ -145,7 +145,7 @@ def eight_bit(found: Steps) -> str:
         f"columns have no\nnumbers yet. Eight-bit products are assumed to reach the share of the datasheet's rate "
         f"({rate['int8']:.0f} TOP/s, A100 {DEVICES['a100'].eight_bit['int8']:.0f}) that\nbfloat16's reach of theirs, and "
         f"those of fp8 {FP8_BY_ROWS:.0%} of that, for scales by rows and sums kept in float32; int8's are of this\npackage, "
-        f"assumed at {OWN_INT8:.0%}."
+        f"at {OWN_INT8:.0%}, as measured."
     )
 
     def cells(key: tuple[str, int], mode: str) -> str:

@@ -154,8 +154,8 @@ def test_gpu_lists_its_parts_and_runs_the_chain_on_the_cpu(tmp_path: Path) -> No
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
     listed = subprocess.run([*script, "--dry-run"], capture_output=True, text=True, check=True).stdout
     names = [line.split()[0] for line in listed.splitlines()]
-    assert names[:5] == ["build", "smoke", "speed-256px-b32", "profile", "tests"] and names[-1] == "linear-gelu"
-    assert names[5:8] == ["eight-bit-tests", "eight-bit-256px-b32", "eight-bit-ops"]
+    assert names[:4] == ["build", "smoke", "speed-256px-b32", "speed-256px-b32-frozen"] and names[-1] == "linear-gelu"
+    assert names[4:9] == ["profile", "tests", "eight-bit-tests", "eight-bit-256px-b32", "eight-bit-ops"]
     assert {"speed-256px-b8", "speed-256px-b128", "speed-512px-b8", "speed-512px-b32", "speed-256px-b32-whole"} <= set(
         names
     )

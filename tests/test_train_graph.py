@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -497,3 +499,34 @@ def test_a_recording_takes_nothing_new_but_through_the_tensors_that_were_there()
         slot.zero_()
     replay()
     assert loss.item() == 0 and gradient.tolist() == [0.0, 0.0]
+
+
+def test_a_replay_keeps_what_its_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step, and with it an optimizer's state: the graph has their addresses and no reference."""
+    cuda = torch.cuda
+    nothing = contextlib.nullcontext
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {
+        "is_available": lambda: True, "current_stream": lambda: stream, "Stream": lambda: stream, "stream": lambda _: nothing(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "set_stream": lambda _: None,
+        "graph": lambda *_, **__: nothing(gc.isenabled()),
+    }  # fmt: skip
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(cuda, name, value)
+    enabled: list[bool] = []
+
+    class Step:
+        def __call__(self) -> int:
+            enabled.append(gc.isenabled())
+            return 7
+
+    step = Step()
+    alive = weakref.ref(step)
+    replay = capture(step)
+    del step
+    gc.collect()
+    assert replay() == 7 and alive() is not None
+    assert enabled == [True, True, True, False] and gc.isenabled()  # nothing is collected while it captures
+    del replay
+    gc.collect()
+    assert alive() is None

@@ -8,9 +8,29 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#if __has_include(<torch/csrc/stable/macros.h>)
+#include <torch/csrc/stable/macros.h>
+#endif
 
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
+
+// Not every PyTorch from 2.10 on hands these on where one looks for them.
+#ifndef STD_CUDA_CHECK
+#define STD_CUDA_CHECK(call)                                                                          \
+  do {                                                                                                \
+    const cudaError_t difffit_error = (call);                                                         \
+    if (difffit_error != cudaSuccess) {                                                               \
+      throw std::runtime_error(std::string(#call ": CUDA error: ") + cudaGetErrorString(difffit_error)); \
+    }                                                                                                 \
+  } while (0)
+#endif
+#ifndef STD_CUDA_KERNEL_LAUNCH_CHECK
+#define STD_CUDA_KERNEL_LAUNCH_CHECK() STD_CUDA_CHECK(cudaGetLastError())
+#endif
 
 namespace difffit::cuda {
 
@@ -61,7 +81,7 @@ inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -168,7 +168,7 @@ void multiply(Op op, int64_t M, int64_t N, int64_t K, const Tensor& a, const Ten
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const int64_t bytes = workspace_bytes(major);
   void* handle = nullptr;  // a cublasHandle_t serves as cublasLtHandle_t
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
   const Call call{label,
                   Key{device, op, dtype, M, N, K, alignment, false},
                   Matmul(plan(op, M, N, K, dtype), buffers),

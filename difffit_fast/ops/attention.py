@@ -111,9 +111,10 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 def _flash_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    t, none, seed = q.shape[2], q.new_empty(0, dtype=torch.int32), torch.zeros(2, dtype=torch.uint64, device=q.device)
+    t, seed = q.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
+    # The sums of lengths are those of sequences of several lengths: a tensor there, an empty one too, would ask for that.
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, o, lse, none, none, t, t, 0.0, False, seed, seed, scale=scale
+        do, q, k, v, o, lse, None, None, t, t, 0.0, False, seed, seed, scale=scale
     )
 
 
@@ -125,9 +126,9 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 def _cudnn_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    t, none, seed = q.shape[2], q.new_empty(0, dtype=torch.int32), _no_seed(q)
+    t, seed = q.shape[2], _no_seed(q)
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, lse[..., None], seed, seed, None, none, none, t, t, 0.0, False, scale=scale
+        do, q, k, v, o, lse[..., None], seed, seed, None, None, None, t, t, 0.0, False, scale=scale
     )
 
 
