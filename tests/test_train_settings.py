@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from difffit_fast.data import ImageFolder, visit_seed
 from difffit_fast.data.extract import ExtractConfig, Extraction
 from difffit_fast.errors import DiffFitError
 from difffit_fast.models.header import read_header
-from difffit_fast.train import TrainConfig
+from difffit_fast.train import TrainConfig, Trainer
 from difffit_fast.train.settings import flag, option, settings_of
 from difffit_fast.train.source import open_source
 
@@ -211,3 +212,16 @@ def test_a_probability_among_the_sizes_is_the_models(tmp_path) -> None:
 def test_numbers_that_nobody_means_are_refused_before_anything_is_made(name: str, value: int) -> None:
     with pytest.raises(DiffFitError, match=rf"{flag(name)} must be at least [01] and less than \d+; got {value}"):
         TrainConfig(data_path="images", **{name: value}).validate()
+
+
+@pytest.mark.parametrize("asked", [None, 48])
+def test_images_have_the_size_of_the_base_where_nothing_else_is_said(tmp_path: Path, asked: int | None) -> None:
+    digits(tmp_path / "images", classes=2, each=3)
+    config = TrainConfig(
+        data_path=str(tmp_path / "images"), ckpt="glyphs", vae="none", flip="none", max_steps=1, image_size=asked, device="cpu",
+        num_workers=0, results_dir=str(tmp_path / "runs"), global_batch_size=2,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes that the base does not have
+        trainer = Trainer(config)
+    assert trainer.config.image_size == trainer.model.input_size == (asked or 24)

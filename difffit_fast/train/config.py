@@ -71,7 +71,7 @@ class TrainConfig:
     feature_path: str | None = _data(
         None, "features cached by difffit extract, instead of --data-path", steers=True, rival="data_path")
     image_size: int | None = _data(
-        None, "side of the images, pixels (default: that of the features, else 256)",
+        None, "side of the images, pixels (default: that of the features, else of --ckpt, else 256)",
         steers=True, bounds=SIDE, part_of_model=True)
     vae: str = _data(
         "ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels (gray ones for a model of one channel)",

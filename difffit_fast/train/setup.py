@@ -77,7 +77,8 @@ def assemble(
     config = config.replace(precision=precision)
     base = read_base(config) if model is None else None
     given = model is not None
-    source = open_source(config, device, data, val_data, _channels(config, model, base))
+    size = base.image_size if base is not None else None
+    source = open_source(config, device, data, val_data, _channels(config, model, base), size)
     classes = choose_classes(config, source.data, source.validation, model, base)
     model, objective = _model_and_objective(config, source, classes.names, model, base)
     stream, validation = _streams(config, source, classes, _label_dropout(config, model))

@@ -40,18 +40,20 @@ def open_source(
     data: TrainingData | None,
     validation: TrainingData | None,
     channels: int | None = None,
+    image_size: int | None = None,
 ) -> Source:
     """Open what the settings name, and load the autoencoder where one is needed.
 
     Args:
         data, validation: the data itself, in place of a path.
         channels: of the model, where it is known: images without an autoencoder are read as gray for a model of one.
+        image_size: of the base in pixels, where there is one: the size of images for which no setting names another.
 
     Raises:
         DiffFitError: something is missing, or does not fit the rest.
     """
     if data is None:
-        size = config.image_size if config.feature_path or config.image_size else 256
+        size = config.image_size if config.feature_path or config.image_size else image_size or 256
         gray = channels == 1 and config.vae.lower() == "none"
         data = open_data(
             config.data_path, config.feature_path, size, flip=config.flip == "horizontal", channels=1 if gray else 3
