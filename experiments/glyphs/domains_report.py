@@ -132,28 +132,34 @@ def loss_table(shown: str, domains: dict[str, dict[str, dict[int, Run]]]) -> str
 
 
 def summary_table(domains: dict[str, dict[str, dict[int, Run]]]) -> str:
-    """Means over domains and seeds."""
-    rows = []
-    for name in LABELS:
-        every = [(found[name], found["none"]) for found in domains.values() if name in found and "none" in found]
-        if not every:
-            continue
-        every_run = [run for mine, _ in every for run in mine.values()]
-        rows.append([
-            LABELS[name], _mean(r for mine, base in every for r in ratio(mine, base, "loss")),
-            _mean(r for mine, base in every for r in ratio(mine, base, "frechet")),
-            _mean((r["letters"] / r["letters_real"] for r in every_run if r.get("letters_real")), "{:.0%}"),
-            _mean((r["style"] for r in every_run if r.get("style") is not None), "{:.0%}"),
-            _mean((r["memorised"] for r in every_run if r.get("memorised") is not None), "{:.1%}"),
-            _mean(r for mine, base in every for r in ratio(mine, base, "loss_own")),
-            _mean((r["trainable"] for r in every_run if "trainable" in r), "{:,.0f}"),
-            _mean((r["file_bytes"] / 1000 for r in every_run if "file_bytes" in r), "{:,.0f}"),
-        ])  # fmt: skip
+    """Means over domains and seeds: a table for each set of domains on which some method was run, of all that were run there."""
+    where = {name: tuple(d for d, found in domains.items() if name in found and "none" in found) for name in LABELS}
+    sets = sorted({own for own in where.values() if own}, key=len, reverse=True)
     head = [
         "method", "loss / base's", "Fréchet / base's", "letters read, of real", "style read", "copies", "loss, base's domain",
         "trained", "kB to keep",
     ]  # fmt: skip
-    return "Means over domains and seeds.\n\n" + table(head, rows)
+    texts = []
+    for own in sets:
+        rows = []
+        for name in LABELS:
+            if not set(own) <= set(where[name]):
+                continue
+            every = [(domains[domain][name], domains[domain]["none"]) for domain in own]
+            every_run = [run for mine, _ in every for run in mine.values()]
+            rows.append([
+                LABELS[name], _mean(r for mine, base in every for r in ratio(mine, base, "loss")),
+                _mean(r for mine, base in every for r in ratio(mine, base, "frechet")),
+                _mean((r["letters"] / r["letters_real"] for r in every_run if r.get("letters_real")), "{:.0%}"),
+                _mean((r["style"] for r in every_run if r.get("style") is not None), "{:.0%}"),
+                _mean((r["memorised"] for r in every_run if r.get("memorised") is not None), "{:.1%}"),
+                _mean(r for mine, base in every for r in ratio(mine, base, "loss_own")),
+                _mean((r["trainable"] for r in every_run if "trainable" in r), "{:,.0f}"),
+                _mean((r["file_bytes"] / 1000 for r in every_run if "file_bytes" in r), "{:,.0f}"),
+            ])  # fmt: skip
+        scope = "all domains" if len(own) == len(domains) else ", ".join(own)
+        texts.append(f"Means over seeds and {scope}.\n\n" + table(head, rows))
+    return "\n\n".join(texts)
 
 
 def _mean(values: Iterable[float], form: str = "{:.3f}") -> str:
@@ -243,7 +249,10 @@ def draw_samples(plan: Spec, domains: dict[str, dict[str, dict[int, Run]]], fold
             axis.set(xticks=[], yticks=[])
             for side in axis.spines.values():
                 side.set_visible(False)
-        figure.tight_layout(h_pad=0.1)
+        widest = max(len(label) for label, _ in lines)
+        figure.tight_layout(
+            h_pad=0.1, rect=(max(0, (widest - 26) * 0.005), 0, 1, 1)
+        )  # labels of axes without ticks are not counted
         return figure
 
     save_figure(path, draw)
