@@ -250,9 +250,8 @@ def draw_samples(plan: Spec, domains: dict[str, dict[str, dict[int, Run]]], fold
             for side in axis.spines.values():
                 side.set_visible(False)
         widest = max(len(label) for label, _ in lines)
-        figure.tight_layout(
-            h_pad=0.1, rect=(max(0, (widest - 26) * 0.005), 0, 1, 1)
-        )  # labels of axes without ticks are not counted
+        margin = max(0, (widest - 26) * 0.005)  # the layout does not count on long labels of axes without ticks
+        figure.tight_layout(h_pad=0.1, rect=(margin, 0, 1, 1))
         return figure
 
     save_figure(path, draw)
