@@ -422,6 +422,11 @@ def _ours(backward: int) -> Callable[[dict[str, Any]], tuple[str, int, int]]:
     return lambda args: ("triton", backward, args["z"].shape[1])
 
 
+def _dq_reads(args: dict[str, Any]) -> Fraction:
+    """Of z, by attention_dq: the keys, and with γ the queries."""
+    return Fraction(2, 3) if args["GAINS"] else Fraction(1, 3)
+
+
 def _thirds_read(args: dict[str, Any]) -> Fraction:
     """Of z, for the sums: the query and the value third where there is γ, none otherwise."""
     return Fraction(2, 3) if args["GAINS"] else Fraction(0)
@@ -444,11 +449,18 @@ KERNELS: dict[str, Kernel] = {
     "gelu_fp8_forward": Kernel("GELU", "u bias", "g g_scale"),
     "gelu_fp8_backward": Kernel("GELU", "dg u bias", "du du_scale", "db"),
     "attention_forward": Kernel("attention", "z vectors", "o lse", flops=_attention_flops(2), attention=_ours(0)),
-    "attention_dq": Kernel(
-        "attention", "do z vectors o lse", "delta dz", "part", {"dz": Fraction(1, 3)}, _attention_flops(3), _ours(1)
-    ),
+    "attention_query": Kernel("attention", "do o z vectors", "q delta", part={"z": Fraction(1, 3)}),
     "attention_dkdv": Kernel(
-        "attention", "do z vectors lse delta", "dz", "part", {"dz": Fraction(2, 3)}, _attention_flops(4), _ours(1)
+        "attention",
+        "do q z vectors lse delta",
+        "dz ds",
+        "part",
+        {"z": Fraction(2, 3), "dz": Fraction(2, 3)},
+        _attention_flops(4),
+        _ours(1),
+    ),
+    "attention_dq": Kernel(
+        "attention", "ds z vectors", "dz", "part", {"z": _dq_reads, "dz": Fraction(1, 3)}, _attention_flops(1), _ours(1)
     ),
     "scale_qkv": Kernel("attention", "z vectors", "qkv"),
     "pack_dqkv": Kernel("attention", "dq dk dv z vectors", "dz", "part", {"z": _thirds_read}),

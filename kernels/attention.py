@@ -5,29 +5,33 @@ With z [B, T, 3, H, d] the product without any bias, b the query bias, g = γ_q�
     S = d^-½·Σ_c g_c (z_q + b)_c z_k,c,   P = softmax(S),   o = γ_v·(P z_v),   lse = ln Σ exp(S)
 
     A = d^-½·dS z_k,      dz_q = g·A
-    K = d^-½·dSᵀ(z_q + b), dz_k = g·K
-    V = Pᵀ do,            dz_v = γ_v·V,      where dS = P·(do·(γ_v z_v)ᵀ − δ), δ = Σ_c do·o
+                          dz_k = d^-½·dSᵀ q,   where q = g·(z_q + b)
+    V = Pᵀ do,            dz_v = γ_v·V,        where dS = P·(do·(γ_v z_v)ᵀ − δ), δ = Σ_c do·o
 
     db = Σ dz_q,   dg = Σ A·(z_q + b),   dγ_v = Σ V·z_v      (over tokens; over samples too where all share one set)
 
 Nothing is divided by γ. A key bias has no gradient and the value bias is carried behind the attention, so b is the only one.
 
-Where the vectors are applied: to the tile that a program keeps, never to the ones that stream past it. The programs that
-own queries add b to theirs. Those that own keys see the bare z_q: S = (g z_k)·z_q + c with c = (g z_k)·b, one number per key,
-and K = dSᵀz_q + (Σ dS) b.
+Where the vectors are applied: to the tile that a program keeps, never to the ones that stream past it, which would be rounded
+again by everyone they pass. Where queries stream past, they are made before; so S is the same there and in the forward pass to
+which lse belongs, and the rows of P sum to one.
 
 Triton's tiles are powers of two: a head of 72 channels is two tiles, 64 + 16, the second half masked (:func:`head_tiles`).
 Loops run over ``steps``, counted at run time, so that a binary serves every number of tokens; only whether blocks come out
 even is compiled in. Triton's interpreter, which cannot count to an argument, is given STEPS.
 
-Bytes, in bfloat16, from memory: forward 8·B·T·D (reads z, writes o); backward 24·B·T·D (do and o once, do and z twice,
-writes dz), of which the second reading of do and z is mostly from L2. The rest (lse, δ, sums) is below 3 % of that.
+Bytes, in bfloat16, from memory: forward 8·B·T·D (reads z, writes o); backward 28·B·T·D (do, o and z_q, writes q; do, q, z_k and
+z_v; z_k and z_q; writes dz) and 4·B·H·T² for dS, written and read, part of it in L2. The rest (lse, δ, sums) is below 3 %.
 
-Who owns what, in three launches and ``sums.finish``:
+Who owns what, in four launches and ``sums.finish``:
 
 - forward: a program owns a block of queries of one head and walks over the keys; o and lse are its own.
-- dq: the same; it computes δ from its do and o, stores it for the next, and owns dz_q and the sums Σ dz_q and Σ A·(z_q + b).
-- dkdv: a program owns a block of keys and walks over the queries, scores transposed; dz_k, dz_v and Σ V·z_v are its own.
+- query: the same block: q and δ.
+- dkdv: a program owns a block of keys and walks over the queries, scores transposed; dz_k, dz_v, Σ V·z_v and dSᵀ are its own.
+- dq: a program owns a block of queries and walks over the keys: dz_q and the sums Σ dz_q and Σ A·(z_q + b) are its own. What it
+  multiplies with z_k is the dS that dkdv left: to make it once more would be two of five products and every exponential.
+
+No launch leaves more than DS_BYTES of dS: batches that would are cut into groups of samples, one after another in the same place.
 
 For a library's attention, which wants q, k, v made and dq, dk, dv taken apart, :func:`scale_qkv` (12·B·T·D) and
 :func:`pack_dqkv` (16·B·T·D, or 12 without gains) do what the kernels above do on the way: tile kernels, see ``config``.
@@ -50,6 +54,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Modifiers of a load. Compilers merge equal loads, so that what an epilogue reads again would be kept in registers through the
 # loop, where they are scarcest. They do not merge what is spelt differently: "cached at all levels", which is the default.
 FIRST, AGAIN = tl.constexpr(""), tl.constexpr(".ca")
+
+DS_BYTES = 128 << 20  # of dS at once; at least one sample's
 
 
 # -- heads: one or two tiles of columns ------------------------------------------------------------------------------
@@ -178,11 +184,7 @@ def _attention_forward_kernel(
     rows = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
     q = ()
     for p in tl.static_range(len(WIDTHS)):
-        tile = _load_tile(z_ptr, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
-        tile += _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
-        if GAINS:
-            tile *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, FIRST)
-        q = q + (_rounded(tile, dtype),)
+        q = q + (_query_tile(z_ptr, vectors_ptr, rows, T, H, HD, WIDTHS, p, GAINS, EVEN_M),)
     scale2 = scale * LOG2E
     top = tl.full([BM], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
@@ -212,78 +214,47 @@ def _attention_forward_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * T + rows, top * scale + tl.log2(total) * LN2, mask=rows < T)
 
 
-@triton.jit(do_not_specialize=["T", "steps", "vector_stride", "chunks"])
-def _attention_dq_kernel(
-    do_ptr, z_ptr, vectors_ptr, o_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, steps, vector_stride, chunks,
-    H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, SHARE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    STAGES: tl.constexpr,
+@triton.jit
+def _query_tile(
+    z_ptr, vectors_ptr, rows, count, H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, p: tl.constexpr,
+    GAINS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Tile ``p`` of q = g·(z_q + b), rounded to the type of z."""
+    tile = _load_tile(z_ptr, rows, count, 3 * H * HD, HD, WIDTHS, p, EVEN, FIRST).to(tl.float32)
+    tile += _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
+    if GAINS:
+        tile *= _load_vector(vectors_ptr + H * HD, HD, WIDTHS, p, FIRST)
+    return _rounded(tile, z_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["T", "vector_stride"])
+def _attention_query_kernel(
+    do_ptr, z_ptr, vectors_ptr, o_ptr, q_ptr, delta_ptr, T, vector_stride,
+    H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, BM: tl.constexpr, EVEN_M: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = H * HD
-    R: tl.constexpr = 3 if GAINS else 1
-    dtype: tl.constexpr = z_ptr.dtype.element_ty
-    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
-    if EVEN_N:
-        T = steps * BN  # the compiler then knows what divides it
     blocks = tl.cdiv(T, BM)
-    block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
     sample = (head // H).to(tl.int64)
     channel = (head % H) * HD
     z_ptr += sample * T * (3 * D) + channel
-    dz_ptr += sample * T * (3 * D) + channel
-    do_ptr += sample * T * D + channel
-    o_ptr += sample * T * D + channel
-    lse_ptr += head.to(tl.int64) * T
-    delta_ptr += head.to(tl.int64) * T
     vectors_ptr += sample * vector_stride + channel
-    rows = block * BM + tl.arange(0, BM)
-    q = ()
-    do = ()
+    start = sample * T * D + channel
+    rows = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
     delta = tl.zeros([BM], dtype=tl.float32)
     for p in tl.static_range(len(WIDTHS)):
-        tile = _load_tile(do_ptr, rows, T, D, HD, WIDTHS, p, EVEN_M, FIRST)
-        o = _load_tile(o_ptr, rows, T, D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
-        delta += tl.sum(tile.to(tl.float32) * o, axis=1)
-        if GAINS:
-            tile = _rounded(tile.to(tl.float32) * _load_vector(vectors_ptr + 2 * D, HD, WIDTHS, p, FIRST), dtype)
-        do = do + (tile,)
-        tile = _load_tile(z_ptr, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
-        tile += _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
-        if GAINS:
-            tile *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, FIRST)
-        q = q + (_rounded(tile, dtype),)
-    tl.store(delta_ptr + rows, delta, mask=rows < T)
-    lse2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E  # beyond T every P is exp2(−∞) = 0
-    scale2 = scale * LOG2E
-    a = _zero_head(BM, WIDTHS)
-    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
-        keys = step * BN + tl.arange(0, BN)
-        k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
-        v = _load_head(z_ptr + 2 * D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
-        s = _scores(q, k, BM, BN, WIDTHS)
-        dp = _scores(do, v, BM, BN, WIDTHS)
-        if not EVEN_N:
-            s = tl.where((keys < T)[None, :], s, float("-inf"))
-        ds = tl.exp2(s * scale2 - lse2[:, None]) * (dp - delta[:, None])
-        a = _gather(a, _rounded(ds, dtype), k, WIDTHS)
-    chunk = block * SHARE
-    part_ptr += (sample * chunks + chunk) * (R * D) + channel
-    for p in tl.static_range(len(WIDTHS)):
-        dq = a[p] * scale
-        if GAINS:
-            # z_q once more (from L2): kept through the loop it would cost the registers of another accumulator
-            z = _load_tile(z_ptr, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, AGAIN).to(tl.float32)
-            z += _load_vector(vectors_ptr, HD, WIDTHS, p, AGAIN)
-            _store_sum(part_ptr + D, dq * z, chunk, chunks, R * D, HD, WIDTHS, p, SHARE)
-            dq *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, AGAIN)
-        _store_sum(part_ptr, dq, chunk, chunks, R * D, HD, WIDTHS, p, SHARE)
-        _store_tile(dz_ptr, dq, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
+        do = _load_tile(do_ptr + start, rows, T, D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
+        o = _load_tile(o_ptr + start, rows, T, D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
+        delta += tl.sum(do * o, axis=1)
+        q = _query_tile(z_ptr, vectors_ptr, rows, T, H, HD, WIDTHS, p, GAINS, EVEN_M)
+        _store_tile(q_ptr + start, q.to(tl.float32), rows, T, D, HD, WIDTHS, p, EVEN_M)
+    tl.store(delta_ptr + head.to(tl.int64) * T + rows, delta, mask=rows < T)
 
 
 @triton.jit(do_not_specialize=["T", "steps", "vector_stride", "chunks"])
 def _attention_dkdv_kernel(
-    do_ptr, z_ptr, vectors_ptr, lse_ptr, delta_ptr, dz_ptr, part_ptr, scale, T, steps, vector_stride, chunks,
+    do_ptr, q_ptr, z_ptr, vectors_ptr, lse_ptr, delta_ptr, ds_ptr, dz_ptr, part_ptr, scale, T, steps, vector_stride, chunks,
+    ds_stride,
     H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -300,38 +271,26 @@ def _attention_dkdv_kernel(
     channel = (head % H) * HD
     z_ptr += sample * T * (3 * D) + channel
     dz_ptr += sample * T * (3 * D) + channel
+    q_ptr += sample * T * D + channel
     do_ptr += sample * T * D + channel
     lse_ptr += head.to(tl.int64) * T
     delta_ptr += head.to(tl.int64) * T
+    ds_ptr += head.to(tl.int64) * T * ds_stride
     vectors_ptr += sample * vector_stride + channel
     rows = block * BM + tl.arange(0, BM)
-    k = ()
+    k = _load_head(z_ptr + D, rows, T, 3 * D, HD, WIDTHS, EVEN_M)
     v = ()
-    c = tl.zeros([BM], dtype=tl.float32)
     for p in tl.static_range(len(WIDTHS)):
-        tile = _load_tile(z_ptr + D, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST)
-        bias = _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
-        if GAINS:
-            gained = tile.to(tl.float32) * _load_vector(vectors_ptr + D, HD, WIDTHS, p, FIRST)
-            c += tl.sum(gained * bias, axis=1)
-            tile = _rounded(gained, dtype)
-        else:
-            c += tl.sum(tile.to(tl.float32) * bias, axis=1)
-        k = k + (tile,)
         tile = _load_tile(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST)
         if GAINS:
             tile = _rounded(tile.to(tl.float32) * _load_vector(vectors_ptr + 2 * D, HD, WIDTHS, p, FIRST), dtype)
         v = v + (tile,)
     scale2 = scale * LOG2E
-    c *= scale2
-    if not EVEN_M:
-        c = tl.where(rows < T, c, float("-inf"))  # keys beyond T: P = 0, where exp2(0 − lse) might be ∞
     dk = _zero_head(BM, WIDTHS)
     dv = _zero_head(BM, WIDTHS)
-    ds_sum = tl.zeros([BM], dtype=tl.float32)
     for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
         queries = step * BN + tl.arange(0, BN)
-        q = _load_head(z_ptr, queries, T, 3 * D, HD, WIDTHS, EVEN_N)
+        q = _load_head(q_ptr, queries, T, D, HD, WIDTHS, EVEN_N)
         do = _load_head(do_ptr, queries, T, D, HD, WIDTHS, EVEN_N)
         if EVEN_N:
             lse = tl.load(lse_ptr + queries)
@@ -341,26 +300,76 @@ def _attention_dkdv_kernel(
             delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
         s = _scores(k, q, BM, BN, WIDTHS)
         dp = _scores(v, do, BM, BN, WIDTHS)
-        weights = tl.exp2((s * scale2 - (lse * LOG2E)[None, :]) + c[:, None])
+        if not EVEN_M:
+            s = tl.where((rows < T)[:, None], s, float("-inf"))  # else exp2(0 − lse), which may be infinite
+        weights = tl.exp2(s * scale2 - (lse * LOG2E)[None, :])
         dv = _gather(dv, _rounded(weights, dtype), do, WIDTHS)
         ds = weights * (dp - delta[None, :])
         ds = _rounded(ds, dtype)
         dk = _gather(dk, ds, q, WIDTHS)
-        ds_sum += tl.sum(ds.to(tl.float32), axis=1)
+        at = rows[:, None] * ds_stride + queries[None, :]
+        if EVEN_M and EVEN_N:
+            tl.store(ds_ptr + at, ds.to(dtype))
+        else:
+            tl.store(ds_ptr + at, ds.to(dtype), mask=(rows < T)[:, None] & (queries < T)[None, :])
     chunk = block * SHARE
     if GAINS:
         part_ptr += (sample * chunks + chunk) * (3 * D) + 2 * D + channel
     for p in tl.static_range(len(WIDTHS)):
-        grad = (dk[p] + ds_sum[:, None] * _load_vector(vectors_ptr, HD, WIDTHS, p, AGAIN)) * scale
-        if GAINS:
-            grad *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, AGAIN)
-        _store_tile(dz_ptr + D, grad, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
+        _store_tile(dz_ptr + D, dk[p] * scale, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
         grad = dv[p]
         if GAINS:
             z = _load_tile(z_ptr + 2 * D, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, AGAIN).to(tl.float32)
             _store_sum(part_ptr, grad * z, chunk, chunks, 3 * D, HD, WIDTHS, p, SHARE)
             grad *= _load_vector(vectors_ptr + 2 * D, HD, WIDTHS, p, AGAIN)
         _store_tile(dz_ptr + 2 * D, grad, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
+
+
+@triton.jit(do_not_specialize=["T", "steps", "vector_stride", "chunks"])
+def _attention_dq_kernel(
+    ds_ptr, z_ptr, vectors_ptr, dz_ptr, part_ptr, scale, T, steps, vector_stride, chunks, ds_stride,
+    H: tl.constexpr, HD: tl.constexpr, WIDTHS: tl.constexpr, GAINS: tl.constexpr, SHARE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = H * HD
+    R: tl.constexpr = 3 if GAINS else 1
+    tl.assume(steps > 0)  # else ptxas lets no two products of warp groups overlap, lest there be none
+    if EVEN_N:
+        T = steps * BN  # the compiler then knows what divides it
+    blocks = tl.cdiv(T, BM)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks
+    sample = (head // H).to(tl.int64)
+    channel = (head % H) * HD
+    z_ptr += sample * T * (3 * D) + channel
+    dz_ptr += sample * T * (3 * D) + channel
+    ds_ptr += head.to(tl.int64) * T * ds_stride
+    vectors_ptr += sample * vector_stride + channel
+    rows = block * BM + tl.arange(0, BM)
+    a = _zero_head(BM, WIDTHS)
+    for step in tl.range(0, STEPS if STEPS > 0 else steps, num_stages=STAGES):
+        keys = step * BN + tl.arange(0, BN)
+        k = _load_head(z_ptr + D, keys, T, 3 * D, HD, WIDTHS, EVEN_N)
+        at = keys[:, None] * ds_stride + rows[None, :]
+        if EVEN_M and EVEN_N:
+            ds = tl.load(ds_ptr + at)
+        else:
+            ds = tl.load(ds_ptr + at, mask=(keys < T)[:, None] & (rows < T)[None, :], other=0.0)
+        if CUTS_OFF:
+            ds = ds.to(tl.float32)
+        a = _gather(a, tl.trans(ds), k, WIDTHS)
+    chunk = block * SHARE
+    part_ptr += (sample * chunks + chunk) * (R * D) + channel
+    for p in tl.static_range(len(WIDTHS)):
+        dq = a[p] * scale
+        if GAINS:
+            z = _load_tile(z_ptr, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M, FIRST).to(tl.float32)
+            z += _load_vector(vectors_ptr, HD, WIDTHS, p, FIRST)
+            _store_sum(part_ptr + D, dq * z, chunk, chunks, R * D, HD, WIDTHS, p, SHARE)
+            dq *= _load_vector(vectors_ptr + D, HD, WIDTHS, p, FIRST)
+        _store_sum(part_ptr, dq, chunk, chunks, R * D, HD, WIDTHS, p, SHARE)
+        _store_tile(dz_ptr, dq, rows, T, 3 * D, HD, WIDTHS, p, EVEN_M)
 
 
 # -- for a library's attention ---------------------------------------------------------------------------------------
@@ -536,23 +545,36 @@ def attention_backward(
     if z.numel() == 0:
         return dz, torch.zeros_like(vectors)
     arch = architecture(z.device)
-    queries = attention_plan("attention_dq", arch, HD, T)
-    keys = attention_plan("attention_dkdv", arch, HD, T)
+    rows, queries, keys = (attention_plan(f"attention_{kernel}", arch, HD, T) for kernel in ("query", "dq", "dkdv"))
     unit = min(queries.rows, keys.rows)  # tokens of one row of partial sums
     chunks = -(-T // unit)
-    delta = torch.empty_like(lse)
-    part = torch.empty((G, B // G * chunks, R * D), dtype=torch.float32, device=z.device)
+    q, delta = torch.empty_like(o), torch.empty_like(lse)
+    part = torch.empty((B, chunks, R * D), dtype=torch.float32, device=z.device)
     scale, stride = HD**-0.5, R * D if G > 1 else 0
     launch(
-        _attention_dq_kernel, B * num_heads * -(-T // queries.rows), z.device, do, z, vectors, o, lse, delta, dz, part, scale,
-        T, -(-T // queries.cols), stride, chunks,
-        SHARE=queries.rows // unit, **_constants(T, num_heads, HD, R, queries),
+        _attention_query_kernel, B * num_heads * -(-T // rows.rows), z.device, do, z, vectors, o, q, delta, T, stride,
+        H=num_heads, HD=HD, WIDTHS=head_tiles(HD), GAINS=R == 3, BM=rows.rows, EVEN_M=T % rows.rows == 0, num_warps=rows.warps,
     )  # fmt: skip
-    launch(
-        _attention_dkdv_kernel, B * num_heads * -(-T // keys.rows), z.device, do, z, vectors, lse, delta, dz, part, scale,
-        T, -(-T // keys.cols), stride, chunks,
-        SHARE=keys.rows // unit, **_constants(T, num_heads, HD, R, keys),
-    )  # fmt: skip
+    ds_stride = -(-T // 16) * 16  # rows begin at whole sectors
+    group = max(1, min(B, DS_BYTES // (num_heads * T * ds_stride * z.element_size())))
+    ds = torch.empty((group, num_heads, T, ds_stride), dtype=z.dtype, device=z.device)  # dSᵀ: keys, queries
+    for first in range(0, B, group):
+        some = slice(first, first + group)
+        count = min(group, B - first)
+        own = vectors[some] if G > 1 else vectors
+        launch(
+            _attention_dkdv_kernel, count * num_heads * -(-T // keys.rows), z.device,
+            do[some], q[some], z[some], own, lse[some], delta[some], ds, dz[some], part[some], scale,
+            T, -(-T // keys.cols), stride, chunks, ds_stride,
+            SHARE=keys.rows // unit, **_constants(T, num_heads, HD, R, keys),
+        )  # fmt: skip
+        launch(
+            _attention_dq_kernel, count * num_heads * -(-T // queries.rows), z.device,
+            ds, z[some], own, dz[some], part[some], scale,
+            T, -(-T // queries.cols), stride, chunks, ds_stride,
+            SHARE=queries.rows // unit, **_constants(T, num_heads, HD, R, queries),
+        )  # fmt: skip
+    part = part.view(G, B // G * chunks, R * D)
     (sums,) = finish(part)
     return dz, sums.view(G, R, D)
 

@@ -122,22 +122,22 @@ _PRODUCT = {
 # that streams past is read once for each of them; but two programs or more on a multiprocessor come first, for there are few
 # steps to a walk. dkdv keeps two accumulators and two products of them, so that it must be short in everything.
 _ATTENTION = {
-    #                  forward           dq                dkdv
+    #                  forward           dkdv              dq
     # sm   d ≤
-    (INTERPRETER, 128): ((256, 256, 4, 1), (256, 256, 4, 1), (128, 256, 4, 1)),
-    (80, 80): ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-    (80, 96): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-    (80, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
-    (90, 72): ((128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2)),
-    (90, 80): ((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 4, 2)),
-    (90, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-    (100, 96): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)),
-    (100, 128): ((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-    (120, 80): ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-    (120, 96): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-    (120, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
+    (INTERPRETER, 128): ((256, 256, 4, 1), (128, 256, 4, 1), (256, 256, 4, 1)),
+    (80, 80): ((128, 32, 8, 2), (64, 32, 4, 2), (128, 32, 4, 3)),
+    (80, 96): ((64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 4, 3)),
+    (80, 128): ((64, 64, 4, 2), (64, 16, 4, 2), (128, 32, 4, 3)),
+    (90, 80): ((128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
+    (90, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 3)),
+    (100, 96): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 4, 3)),
+    (100, 128): ((128, 64, 8, 2), (64, 32, 4, 2), (128, 64, 4, 3)),
+    (120, 80): ((128, 32, 8, 2), (64, 32, 4, 2), (128, 32, 4, 3)),
+    (120, 96): ((64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 4, 3)),
+    (120, 128): ((64, 64, 4, 2), (64, 16, 4, 2), (128, 32, 4, 3)),
 }
-_ATTENTION_KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
+_ATTENTION_KERNELS = ("attention_forward", "attention_dkdv", "attention_dq")
+_ATTENTION_QUERY = AttentionPlan(64, 1, 4, 1)  # reads each value once, so that there is nothing to choose
 
 
 def vector(*tensors: torch.Tensor) -> int:
@@ -214,6 +214,8 @@ def flat_plan(arch: int) -> Plan:
 @cache
 def attention_plan(kernel: str, arch: int, head_dim: int, T: int) -> AttentionPlan:
     """Plan of the attention kernel ``kernel`` for T tokens and heads of ``head_dim`` channels on ``arch``."""
+    if kernel == "attention_query":
+        return _ATTENTION_QUERY
     limit = min(channels for sm, channels in _ATTENTION if sm == arch and channels >= head_dim)
     plan = AttentionPlan(*_ATTENTION[arch, limit][_ATTENTION_KERNELS.index(kernel)])
     if plan.rows == 128 and T <= 64:  # half of every block would be empty
