@@ -130,6 +130,7 @@ def variants(dim: int, x_dtype: torch.dtype, h_dtype: torch.dtype) -> dict[str, 
         "quantize_int8, of fc2": lambda: eight_bit.quantize_int8(u, True),
         "quantize_fp8": lambda: eight_bit.quantize_fp8(h.view(M, dim), False),
         "quantize_fp8, of fc2": lambda: eight_bit.quantize_fp8(u, False),
+        "quantize_fp8, rotated": lambda: eight_bit.quantize_fp8(u, True),
         "rescale": lambda: eight_bit.rescale(
             torch.empty(M, N, dtype=torch.int32), torch.empty(M), torch.empty(N), None, h_dtype
         ),

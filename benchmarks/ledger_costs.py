@@ -469,6 +469,7 @@ KERNELS: dict[str, Kernel] = {
         "vectors", "dvectors m bias norm gamma beta", "dm dbias dnorm dgamma dbeta", part={"m": Fraction(2, 3)}
     ),
     "quantize": Kernel("eight bits", "x", "q scale"),
+    "quantize_rotated": Kernel("eight bits", "x", "q scale"),
     "rescale": Kernel("eight bits", "product row column bias", "y"),
     "product": Kernel("products", "q row values column bias", "y", multiplies=("q", "values")),
     "colsum": Kernel("sums", "x", "", "out", part={"x": _columns}),

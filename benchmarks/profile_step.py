@@ -25,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 # The first group one of whose words is in the (lower-case) name of a kernel or operator has it.
 GROUPS = {
     "ours": ("adaln", "residual", "gelu_backward_kernel", "gelu_forward_kernel", "colsum", "modulation",
-             "scale_qkv", "pack_dqkv", "quantize_kernel", "rescale_kernel", "finish_kernel", "difffit_fast"),
+             "scale_qkv", "pack_dqkv", "quantize_kernel", "quantize_rotated_kernel", "rescale_kernel", "finish_kernel",
+             "difffit_fast"),
     "attention": ("attention", "flash", "fmha", "sdpa", "cudnn_generated", "bmm"),
     "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "aten::mm", "aten::addmm", "linear_pointwise",
                         "mkldnn", "int_mm", "scaled_mm", "qlinear"),

@@ -37,6 +37,15 @@ class AttentionPlan(NamedTuple):
     stages: int  # blocks on their way or in use at once
 
 
+class RotationPlan(NamedTuple):
+    """How rows that are rotated are cut."""
+
+    rows: int  # of a program
+    channels: int  # that are multiplied at once
+    warps: int
+    stages: int  # pieces of the rows on their way or in use at once
+
+
 class ProductPlan(NamedTuple):
     """How the int8 product is cut."""
 
@@ -98,14 +107,21 @@ _MODULATION = {INTERPRETER: (8, 512, 4), 80: (8, 128, 4), 90: (8, 128, 4), 100: 
 _FLAT = {INTERPRETER: (4096, 4), 80: (4096, 4), 90: (4096, 4), 100: (4096, 4), 120: (4096, 4)}
 
 
-# Rotating rows, a program each: rows, columns of a piece, warps. Of narrower pieces Triton makes code that spills.
-_ROTATION = {INTERPRETER: (16, 512, 4), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8), 120: (1, 2048, 8)}
+# Rotating rows: rows of a program, channels that are multiplied at once, warps, stages of the pipeline that loads them. Few rows,
+# for there must be as many programs as the device holds; 16 is what tensor cores multiply.
+_ROTATION = {
+    INTERPRETER: (256, 64, 4, 1), 80: (16, 64, 4, 4), 90: (16, 64, 4, 4), 100: (16, 64, 4, 4), 120: (16, 64, 4, 4),
+}  # fmt: skip
 
 # GELU's rows in eight bits, 4D wide, one at once: columns of a piece and programs per multiprocessor forward; warps and programs
 # backward, where the sums of all columns lie in registers too.
 _GELU_ROWS = {
     INTERPRETER: (512, 4, 4, 4), 80: (1024, 6, 8, 2), 90: (1024, 6, 8, 2), 100: (1024, 6, 8, 2), 120: (1024, 6, 8, 2),
 }  # fmt: skip
+
+# The second stage of sums: chunks and columns of a tile, warps. Its time is that of its loads one after another, each of so many
+# chunks: two for the 128 that attention leaves of 32 samples. 32 columns are the least that memory gives whole.
+_FINISH = {INTERPRETER: (64, 1024, 4), 80: (64, 32, 4), 90: (64, 32, 4), 100: (64, 32, 4), 120: (64, 32, 4)}
 
 # The int8 product. Tiles of 128 × 256 read the operands 1/128 + 1/256 times for each result, for which 128 registers of a thread
 # are the sum; what lies in shared memory is (rows + cols) · depth · stages bytes, which sm_120 has half as many of.
@@ -155,13 +171,15 @@ def row_plan(kernel: str, arch: int, D: int, vector: int) -> Plan:
     return Plan(rows=rows, cols=piece, stack=1, warps=piece // (32 * vector), programs=wanted)
 
 
-@cache
-def quantize_plan(arch: int, D: int, vector: int, turn: bool) -> Plan:
-    """Plan of the kernel that quantizes rows of width D, rotated or not."""
-    if turn:
-        rows, cols, warps = _ROTATION[arch]
-        return Plan(rows, cols, 1, warps, 0)
-    return row_plan("adaln_forward", arch, D, vector)
+def rotation_plan(arch: int) -> RotationPlan:
+    """Plan of the kernel that rotates rows and quantizes them."""
+    return RotationPlan(*_ROTATION[arch])
+
+
+def finish_plan(arch: int) -> Plan:
+    """Plan of the second stage of sums: rows are chunks."""
+    rows, cols, warps = _FINISH[arch]
+    return Plan(rows, cols, 1, warps, 0)
 
 
 @cache

@@ -3,11 +3,12 @@
     largest = max_k |x_k|,   scale = largest / top,   q_k = x_k·(top / largest) to the nearest       top = 127 or 448
     y_mn = product_mn·column_n·row_m + bias_n              product_mn = Σ_k q_mk·values_nk
 
-A row with a value that is not finite has the scale NaN. Rotated: each BLOCK channels times a Hadamard matrix over √BLOCK, by
-log₂ BLOCK additions of each value.
+A row with a value that is not finite has the scale NaN. Rotated: each BLOCK channels times a Hadamard matrix over √BLOCK, which
+tensor cores multiply with, exactly but for float32's sums; once to find the largest, once more to store. (log₂ BLOCK additions of
+each value are fewer operations, but each exchanges values between threads: on an H200 0.7 ms for 8192 × 1152, 59 copies' time.)
 
-Bytes per element in bfloat16: quantizing 3 (reads x, writes q); rescale 6 (reads int32, writes y), which product_int8 saves,
-and the 4 of the int32 that it never writes: 2 in place of 10. Kernels that hold a row
+Bytes per element in bfloat16: quantizing 3 (reads x, writes q) and, rotated, 2 that are read again, from L2; rescale 6 (reads
+int32, writes y), which product_int8 saves, and the 4 of the int32 that it never writes: 2 in place of 10. Kernels that hold a row
 anyway (``residual``, ``frozen_mlp``) end in :func:`quantize_rows`: 1, and the row is neither written in bfloat16 nor read.
 
 Who owns what: a program of quantizing owns ROWS rows; one of rescale a tile, as the kernels of ``frozen_mlp``; one of
@@ -20,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import architecture, chunks_of, launch, product_plan, quantize_plan, tile_plan, vector
+from .config import architecture, chunks_of, launch, product_plan, rotation_plan, row_plan, tile_plan, vector
 from .tiles import CUTS_OFF, load_rows, load_stack, narrow, store_stack, widen
 
 _LEAST = tl.constexpr(1e-30)  # a row whose largest value is less is all zeros
@@ -37,47 +38,52 @@ def block_of(channels: int) -> int:
 
 
 @triton.jit
-def _butterfly(x, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """a + b and a − b of the values [ROWS, WIDTH] that lie HALF apart."""
-    pairs = tl.permute(tl.reshape(x, [ROWS, WIDTH // (2 * HALF), 2, HALF]), [0, 1, 3, 2])
-    a, b = tl.split(pairs)
-    return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [ROWS, WIDTH])
+def _hadamards(BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
+    """[CHANNELS, CHANNELS], a Hadamard matrix for each BLOCK of the diagonal, without its factor: −1 where the places of row and
+    column have an odd number of bits in common."""
+    i, j = tl.arange(0, CHANNELS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    common = i & j & (BLOCK - 1)
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    return tl.where(i // BLOCK == j // BLOCK, 1.0 - 2.0 * (common & 1), 0.0)
 
 
 @triton.jit
-def _rotate(x, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    if BLOCK > 1:
-        x = _butterfly(x, 1, ROWS, WIDTH)
-        x = _butterfly(x, 2, ROWS, WIDTH) * 0.5
-    if BLOCK > 4:
-        x = _butterfly(x, 4, ROWS, WIDTH)
-        x = _butterfly(x, 8, ROWS, WIDTH) * 0.5
-    if BLOCK > 16:
-        x = _butterfly(x, 16, ROWS, WIDTH)
-        x = _butterfly(x, 32, ROWS, WIDTH) * 0.5
-    return x
+def _rotated(x_ptr, rows, count, first, matrix, D: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
+    """Channels ``first`` … of rows of x, rotated: float32 [ROWS, CHANNELS], zero from D on, for D is whole blocks."""
+    cols = first + tl.arange(0, CHANNELS)
+    at = rows[:, None] * D + cols[None, :]
+    if D % CHANNELS == 0:
+        x = tl.load(x_ptr + at, mask=(rows < count)[:, None], other=0.0)
+    else:
+        x = tl.load(x_ptr + at, mask=(rows < count)[:, None] & (cols < D)[None, :], other=0.0)
+    return tl.dot(x.to(matrix.dtype), matrix, input_precision="ieee") * BLOCK**-0.5
 
 
 @triton.jit
-def quantized(pieces, TOP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _scaling(largest, bad, TOP: tl.constexpr):
+    """Of rows whose largest value and Σ 0·x are known, each [ROWS, 1]: which are finite, the factor before they are rounded, and
+    the scale."""
+    finite = bad == 0.0
+    largest = tl.maximum(tl.where(finite, largest, 1.0), _LEAST)
+    top = tl.full(largest.shape, TOP, tl.float32)
+    return finite, tl.math.div_rn(top, largest), tl.where(finite, tl.math.div_rn(largest, top), bad)
+
+
+@triton.jit
+def quantized(pieces, TOP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Float32 pieces of rows, zero beyond D, as what is to be stored, float32 still, and the scale [ROWS, 1] of each row."""
-    turned = ()
     largest = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     bad = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     for p in tl.static_range((D + WIDTH - 1) // WIDTH):
-        x = _rotate(pieces[p], BLOCK, ROWS, WIDTH)
-        turned = turned + (x,)
-        largest = tl.maximum(largest, tl.abs(x))
-        bad += x * 0.0  # NaN where one is not finite
-    largest = tl.max(largest, axis=1)[:, None]
-    bad = tl.sum(bad, axis=1)[:, None]
-    finite = bad == 0.0
-    largest = tl.maximum(tl.where(finite, largest, 1.0), _LEAST)
-    factor = tl.math.div_rn(tl.full([ROWS, 1], TOP, tl.float32), largest)
+        largest = tl.maximum(largest, tl.abs(pieces[p]))
+        bad += pieces[p] * 0.0  # NaN where one is not finite
+    finite, factor, scale = _scaling(tl.max(largest, axis=1)[:, None], tl.sum(bad, axis=1)[:, None], TOP)
     out = ()
     for p in tl.static_range((D + WIDTH - 1) // WIDTH):
-        out = out + (tl.where(finite, turned[p], 0.0) * factor,)
-    return out, tl.where(finite, tl.math.div_rn(largest, tl.full([ROWS, 1], TOP, tl.float32)), bad)
+        out = out + (tl.where(finite, pieces[p], 0.0) * factor,)
+    return out, scale
 
 
 @triton.jit
@@ -90,40 +96,68 @@ def _to_e4m3(value):
 
 
 @triton.jit
+def _store(ptr, value, rows, count, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels ``first`` … of rows, float32, rounded to int8 or e4m3."""
+    cols = first + tl.arange(0, WIDTH)
+    mask = (rows < count)[:, None] & (cols < D)[None, :]
+    if ptr.dtype.element_ty == tl.int8:
+        value = (value + _MAGIC) - _MAGIC
+    elif CUTS_OFF:
+        value = _to_e4m3(value)
+    tl.store(ptr + (rows[:, None] * D + cols[None, :]), value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def store_quantized(ptr, pieces, rows, count, D: tl.constexpr, WIDTH: tl.constexpr):
     """What :func:`quantized` gave, rounded to int8 or e4m3."""
     for p in tl.static_range((D + WIDTH - 1) // WIDTH):
-        cols = p * WIDTH + tl.arange(0, WIDTH)
-        mask = (rows < count)[:, None] & (cols < D)[None, :]
-        value = pieces[p]
-        if ptr.dtype.element_ty == tl.int8:
-            value = (value + _MAGIC) - _MAGIC
-        elif CUTS_OFF:
-            value = _to_e4m3(value)
-        tl.store(ptr + (rows[:, None] * D + cols[None, :]), value.to(ptr.dtype.element_ty), mask=mask)
+        _store(ptr, pieces[p], rows, count, p * WIDTH, D, WIDTH)
 
 
 @triton.jit
 def quantize_rows(
     ptr, scale_ptr, pieces, rows, count,
-    TOP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    TOP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store float32 pieces of rows, zero beyond D, in eight bits, and their scales."""
-    pieces, scale = quantized(pieces, TOP, BLOCK, D, ROWS, WIDTH)
+    pieces, scale = quantized(pieces, TOP, D, ROWS, WIDTH)
     store_quantized(ptr, pieces, rows, count, D, WIDTH)
     tl.store(scale_ptr + rows[:, None], scale, mask=rows[:, None] < count)
 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, q_ptr, scale_ptr, M,
-    TOP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, q_ptr, scale_ptr, M, TOP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     count = tl.minimum(M - first, ROWS).to(tl.int32)
     rows = tl.arange(0, ROWS)
     x = widen(load_rows(x_ptr + first * D, rows, count, D, WIDTH), D, WIDTH)
-    quantize_rows(q_ptr + first * D, scale_ptr + first, x, rows, count, TOP, BLOCK, D, ROWS, WIDTH)
+    quantize_rows(q_ptr + first * D, scale_ptr + first, x, rows, count, TOP, D, ROWS, WIDTH)
+
+
+@triton.jit
+def _quantize_rotated_kernel(
+    x_ptr, q_ptr, scale_ptr, M,
+    TOP: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    count = tl.minimum(M - first, ROWS).to(tl.int32)
+    rows = tl.arange(0, ROWS)
+    x_ptr += first * D
+    q_ptr += first * D
+    matrix = _hadamards(BLOCK, CHANNELS).to(tl.float32 if CUTS_OFF else x_ptr.dtype.element_ty)
+    largest = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
+    bad = tl.zeros([ROWS, CHANNELS], dtype=tl.float32)
+    for step in tl.range(0, (D + CHANNELS - 1) // CHANNELS, num_stages=STAGES):
+        x = _rotated(x_ptr, rows, count, step * CHANNELS, matrix, D, BLOCK, CHANNELS)
+        largest = tl.maximum(largest, tl.abs(x))
+        bad += x * 0.0
+    finite, factor, scale = _scaling(tl.max(largest, axis=1)[:, None], tl.sum(bad, axis=1)[:, None], TOP)
+    tl.store(scale_ptr + first + rows[:, None], scale, mask=rows[:, None] < count)
+    for step in tl.range(0, (D + CHANNELS - 1) // CHANNELS, num_stages=STAGES):
+        x = _rotated(x_ptr, rows, count, step * CHANNELS, matrix, D, BLOCK, CHANNELS)
+        _store(q_ptr, tl.where(finite, x, 0.0) * factor, rows, count, step * CHANNELS, D, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["M", "chunk_rows"])
@@ -212,10 +246,19 @@ def _quantize(x: torch.Tensor, dtype: torch.dtype, turn: bool) -> tuple[torch.Te
     scale = torch.empty((M,), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return q, scale.fill_(_LEAST.value / TOP[dtype])
-    plan = quantize_plan(architecture(x.device), K, vector(x), turn)
+    arch, block = architecture(x.device), block_of(K)
+    if turn and block > 1:
+        plan = rotation_plan(arch)
+        launch(
+            _quantize_rotated_kernel, -(-M // plan.rows), x.device, x, q, scale, M,
+            TOP=TOP[dtype], BLOCK=block, D=K, ROWS=plan.rows, CHANNELS=plan.channels, STAGES=plan.stages,
+            num_warps=plan.warps,
+        )  # fmt: skip
+        return q, scale
+    plan = row_plan("adaln_forward", arch, K, vector(x))
     launch(
         _quantize_kernel, -(-M // plan.rows), x.device, x, q, scale, M,
-        TOP=TOP[dtype], BLOCK=block_of(K) if turn else 1, D=K, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
+        TOP=TOP[dtype], D=K, ROWS=plan.rows, WIDTH=plan.cols, num_warps=plan.warps,
     )  # fmt: skip
     return q, scale
 

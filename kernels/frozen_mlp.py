@@ -144,7 +144,7 @@ def _gelu_fp8_forward_kernel(
         g = ()
         for p in tl.static_range((N + WIDTH - 1) // WIDTH):
             g = g + (_gelu(u[p]),)
-        quantize_rows(g_ptr, g_scale_ptr, g, rows, count, TOP_FP8, 1, N, ROWS, WIDTH)
+        quantize_rows(g_ptr, g_scale_ptr, g, rows, count, TOP_FP8, N, ROWS, WIDTH)
         start += ROWS
 
 
@@ -177,7 +177,7 @@ def _gelu_fp8_backward_kernel(
         for p in tl.static_range((N + WIDTH - 1) // WIDTH):
             du = du + (dg[p] * _gelu_slope(u[p]),)
         db = add(db, du, N, WIDTH)
-        quantize_rows(du_ptr, du_scale_ptr, du, rows, count, TOP_FP8, 1, N, ROWS, WIDTH)
+        quantize_rows(du_ptr, du_scale_ptr, du, rows, count, TOP_FP8, N, ROWS, WIDTH)
         start += ROWS
     store_sums(db_ptr + tl.program_id(0).to(tl.int64) * N, db, N, WIDTH)
 

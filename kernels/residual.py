@@ -156,7 +156,7 @@ def _residual_adaln_forward_kernel(
         yhat = scale_rows(y, rstd, D, WIDTH)
         h = multiply_add(yhat, scale, shift, D, WIDTH)
         if FP8:
-            quantize_rows(h_ptr, h_scale_ptr, h, rows, count, TOP_FP8, 1, D, ROWS, WIDTH)
+            quantize_rows(h_ptr, h_scale_ptr, h, rows, count, TOP_FP8, D, ROWS, WIDTH)
         else:
             store_rows(h_ptr, h, rows, count, D, WIDTH)
         start += ROWS
@@ -214,7 +214,7 @@ def _residual_adaln_backward_kernel(
         dbias = add(dbias, g, D, WIDTH)
         dbranch = multiply(g, gate, D, WIDTH)
         if FP8:
-            quantize_rows(dbranch_ptr, dbranch_scale_ptr, dbranch, rows, count, TOP_FP8, 1, D, ROWS, WIDTH)
+            quantize_rows(dbranch_ptr, dbranch_scale_ptr, dbranch, rows, count, TOP_FP8, D, ROWS, WIDTH)
         else:
             store_rows(dbranch_ptr, dbranch, rows, count, D, WIDTH)
         start += ROWS

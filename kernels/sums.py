@@ -1,7 +1,7 @@
 """Second stage of every reduction: out[g, j] = Σ_k part[g, k, j], up to four of them in one launch, each of its own sizes.
 
 The first stage leaves one float32 row of partial sums per chunk of rows: [groups, chunks, width], where groups are the
-samples (or 1). A program of this kernel owns 128 columns of one group of one sum and adds its chunks in a fixed order.
+samples (or 1). A program of this kernel owns some columns of one group of one sum and adds its chunks in a fixed order.
 Bytes: 4·chunks·width per group and sum in (from L2, where the first stage just left them), 4·width out.
 """
 
@@ -16,9 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import launch
-
-FINISH_CHUNKS, FINISH_COLS, FINISH_WARPS = 8, 128, 4  # chunks and columns of a tile, warps
+from .config import architecture, finish_plan, launch
 
 
 @triton.jit
@@ -123,11 +121,12 @@ def finish(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _launch(jobs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     padding = 4 - len(jobs)
+    plan = finish_plan(architecture(jobs[0][0].device))
     parts, outs = [part for part, _ in jobs], [out for _, out in jobs]
-    ends = list(itertools.accumulate(part.shape[0] * -(-part.shape[2] // FINISH_COLS) for part in parts))
+    ends = list(itertools.accumulate(part.shape[0] * -(-part.shape[2] // plan.cols) for part in parts))
     launch(
         _finish_kernel, ends[-1], parts[0].device, *parts, *parts[:1] * padding, *outs, *outs[:1] * padding,
         *(ends + ends[-1:] * padding)[:3], *(p.shape[1] for p in parts), *[1] * padding,
         *(p.shape[2] for p in parts), *[1] * padding,
-        SUMS=len(jobs), CHUNKS=FINISH_CHUNKS, COLS=FINISH_COLS, num_warps=FINISH_WARPS,
+        SUMS=len(jobs), CHUNKS=plan.rows, COLS=plan.cols, num_warps=plan.warps,
     )  # fmt: skip

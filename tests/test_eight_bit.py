@@ -87,9 +87,10 @@ def test_rows_are_quantized_alike_in_every_room(room: str, kind: str, turn: bool
             q, scale = (t.cpu() for t in quantize(x.to(there.device), turn))
             assert q.shape == (M, K) and scale.shape == (M,) and scale.dtype == F32
             want_q, want_scale = getattr(eight_bit, f"quantize_{kind}")(x, turn)
-            torch.testing.assert_close(scale, want_scale, rtol=0 if room != "gpu" else 1e-6, atol=0, equal_nan=True)
             # A multiplication that is fused with the addition behind it, or a rotation's sums in another order, may fall on
             # the other side of a tie.
+            exact = room != "gpu" and not (turn and room == "triton")
+            torch.testing.assert_close(scale, want_scale, rtol=0 if exact else 1e-6, atol=0, equal_nan=True)
             assert not M or (q.float() != want_q.float()).float().mean() < 5e-3
             if not M:
                 continue

@@ -47,6 +47,7 @@ LAUNCHERS = [
     "quantize_int8, of fc2",
     "quantize_fp8",
     "quantize_fp8, of fc2",
+    "quantize_fp8, rotated",
     "rescale",
 ]
 PRODUCTS = ["product_int8", "product_int8, of fc2"]
@@ -132,7 +133,7 @@ def test_attention_where_registers_are_few(tmp_path: Path) -> None:
     assert len(rows) == 20
     for row in rows:
         ragged = "T=100" in row["launcher"] and row["kernel"] == "attention_dkdv"
-        assert row["spill"] <= (16 if ragged else 0) and (row["arch"] != 90 or row["HGMMA"] > row["fences"]), row
+        assert row["spill"] <= (24 if ragged else 0) and (row["arch"] != 90 or row["HGMMA"] > row["fences"]), row
 
 
 @pytest.mark.reliability
