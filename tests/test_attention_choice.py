@@ -5,7 +5,7 @@ A library for the CPU stands in for those on CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,64 +48,102 @@ def test_around_a_library(vectors: str, dtype: torch.dtype, library: list[str]) 
     assert {"forward", "backward"} <= set(library)
 
 
-@pytest.mark.parametrize(
-    ("times", "chosen"),
-    [
-        ({"fused": 10.0, "sdpa-flash": 5.0}, "sdpa-flash"),
-        ({"fused": 5.0, "sdpa-flash": 10.0}, "fused"),
-        ({"fused": 10.0, "sdpa-flash": RuntimeError("no kernel")}, "fused"),
-        ({"fused": RuntimeError("refused"), "sdpa-flash": 10.0}, "sdpa-flash"),
-    ],
-)
-def test_the_device_decides(times: dict, chosen: str, library: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The faster one, copies counted, for forward and backward alike; one that refuses drops out, and the report says so."""
-    tried: list[str] = []
-    names = [name for name, time in times.items() if not isinstance(time, Exception)]
+def decided(monkeypatch: pytest.MonkeyPatch, times: dict[str, tuple[Any, Any]]) -> dict[str, tuple[str, str]]:
+    """What is chosen, and why, each way, where ``times``, forward and backward, are what each needs; an error is raised."""
+    ways: list[str] = []
+    choose = module._choose
 
-    def timer(call: Callable, device: torch.device) -> float:
-        failing = [name for name in times if name not in names and name not in tried]
-        name = failing[0] if failing and (failing[0] == "fused" or "fused" in tried) else names[len(tried) % len(names)]
-        tried.append(name)
-        if name in failing:
-            raise times[name]
+    def noting(way: str, *given: Any) -> str:
+        ways.append(way)
+        return choose(way, *given)
+
+    def timer(call: Any, device: torch.device) -> float:
+        time = times[call.args[0]][ways[-1] == "backward"]
+        if isinstance(time, Exception):
+            raise time
         call()
-        return times[name]
+        return time
 
     module.forget()
+    monkeypatch.setattr(module, "_choose", noting)
     monkeypatch.setattr(module._chooser, "_timer", timer)
     x = draw(1, 5, 72, dtype=F32).requires_grad_()
     attention(x, HEADS).sum().backward()
-    (entry,) = module._chooser.report()
-    assert entry["chosen"] == chosen and entry["problem"][0] == "attention"
-    if any(isinstance(t, Exception) for t in times.values()):
-        assert "failed: " in entry["why"]
-    library.clear()
-    attention(x, HEADS).sum().backward()
-    assert library == (["forward", "backward"] if chosen == "sdpa-flash" else [])
+    entries = module._chooser.report()
+    assert {entry["problem"][0] for entry in entries} == {"attention"}
+    return {entry["problem"][1]: (entry["chosen"], entry["why"]) for entry in entries}
 
 
-def test_a_library_that_computes_something_else_is_not_taken(
-    library: list[str], monkeypatch: pytest.MonkeyPatch
+REFUSED = RuntimeError("no kernel")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "chosen"),
+    [
+        ((10.0, 10.0), (5.0, 5.0), "library library"),
+        ((5.0, 5.0), (10.0, 10.0), "ours ours"),
+        ((5.0, 10.0), (10.0, 5.0), "ours library"),
+        ((10.0, 5.0), (5.0, 10.0), "library ours"),
+        ((10.0, 10.0), (REFUSED, 5.0), "ours library"),
+        ((10.0, 10.0), (5.0, REFUSED), "library ours"),
+        ((REFUSED, REFUSED), (10.0, 10.0), "library library"),
+    ],
+)
+def test_the_device_decides(
+    ours: tuple, theirs: tuple, chosen: str, library: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However fast it is."""
-    forward, backward = module._LIBRARIES["sdpa-flash"]
+    """The faster one, passes counted, forward and backward apart; one that refuses drops out, and the report says so. Whatever
+    is chosen, the gradients are right."""
+    names = {"ours": "fused", "library": "sdpa-flash"}
+    found = decided(monkeypatch, {"fused": ours, "sdpa-flash": theirs})
+    assert [found[way][0] for way in ("forward", "backward")] == [names[who] for who in chosen.split()]
+    for way, first, second in zip(("forward", "backward"), ours, theirs, strict=True):
+        assert ("failed: no kernel" in found[way][1]) == (REFUSED in (first, second))
+    library.clear()
+    x = draw(1, 5, 72, dtype=F32)
+    check_numbers(lambda x: attention(x, HEADS), lambda x: true_attention(x), [x], (True,), 4 * TOLERANCE[F32])
+    assert [way in library for way in ("forward", "backward")] == [who == "library" for who in chosen.split()]
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_library_that_computes_something_else_is_not_taken(
+    way: str, library: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However fast it is; the other way still is."""
+    right = module._LIBRARIES["sdpa-flash"]
 
     def wrong(*args: Any) -> tuple[torch.Tensor, ...]:
+        *first, last = right[way == "backward"](*args)
+        return *first, 1.2 * last
+
+    monkeypatch.setitem(module._LIBRARIES, "sdpa-flash", (wrong, right[1]) if way == "forward" else (right[0], wrong))
+    found = decided(monkeypatch, {"fused": (10.0, 10.0), "sdpa-flash": (1.0, 1.0)})
+    other = "forward" if way == "backward" else "backward"
+    assert found[way][0] == "fused" and " of sdpa-flash is off by" in found[way][1]
+    assert found[other][0] == "sdpa-flash"
+
+
+def test_a_library_that_gives_other_bits_again_has_to_be_named(
+    library: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those do that add up gradients in the order in which programs end."""
+    forward, backward = module._LIBRARIES["sdpa-flash"]
+    runs = iter(range(1, 1000))
+
+    def uneven(*args: Any) -> tuple[torch.Tensor, ...]:
         dq, dk, dv = backward(*args)
-        return dq, dk, 1.2 * dv
+        return dq * (1 + 1e-6 * (next(runs) % 3 == 0)), dk, dv
 
-    monkeypatch.setitem(module._LIBRARIES, "sdpa-flash", (forward, wrong))
-    times = iter([1.0, 100.0, *[100.0] * 20])
-
-    def timer(call: Callable, device: torch.device) -> float:
-        call()
-        return next(times)
-
-    module.forget()
-    monkeypatch.setattr(module._chooser, "_timer", timer)
-    attention(draw(1, 5, 72, dtype=F32), HEADS)
-    (entry,) = module._chooser.report()
-    assert entry["chosen"] == "fused" and "dqkv of sdpa-flash is off by" in entry["why"]
+    monkeypatch.setitem(module._LIBRARIES, "sdpa-flash", (forward, uneven))
+    found = decided(monkeypatch, {"fused": (10.0, 10.0), "sdpa-flash": (1.0, 1.0)})
+    assert found["forward"][0] == "sdpa-flash"
+    assert (
+        found["backward"][0] == "fused" and "dqkv of sdpa-flash has other bits on another run" in found["backward"][1]
+    )
+    library.clear()
+    x = draw(1, 5, 72, dtype=F32).requires_grad_()
+    attention(x, HEADS, backend="sdpa-flash").sum().backward()
+    assert library == ["forward", "backward"]
 
 
 def test_where_ours_is_not_there_plain_pytorch_stands_behind_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

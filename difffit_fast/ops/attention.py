@@ -10,11 +10,14 @@ G = 1 for all samples or B, one set for each.
 
 Saved: z, o and the logarithm of the sum of each row's exponentials. Ours ("fused": Triton on CUDA, C++ on the CPU) reads z
 and writes dz in place, packed. Libraries on CUDA want q and k with g applied, and give dq, dk, dv apart: a pass over z before
-them and one after. Which one runs is timed once for each problem, passes included (:mod:`.probe`).
+them and one after. Which one runs is timed once for each problem, passes included (:mod:`.probe`), forward and backward apart,
+since all of them mean the same by o and lse. A library that gives other bits when it is run again is not chosen: who wants it
+names it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +34,8 @@ from .probe import Chooser
 BACKENDS = ("auto", "fused", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "xformers", "math")
 
 _chooser = Chooser("fused", around=apart)
+_RESULTS = {"forward": ("o", "lse"), "backward": ("dqkv", "dvectors")}
+_AGAIN = 3  # runs that a library must give the same bits in
 _ALIKE = 0.05  # two ways differ by less, as a share of the norm: bfloat16 and another order of sums
 
 
@@ -231,41 +236,50 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_di
     return [name]
 
 
-def _choose(z: Tensor, vectors: Tensor, num_heads: int, backend: str) -> str:
+def _choose(
+    way: str, run: Callable[[str], tuple[Tensor, ...]], z: Tensor, vectors: Tensor, num_heads: int, backend: str
+) -> str:
+    """The backend for ``way``, forward or backward, which ``run`` computes by name."""
     b, t, n = z.shape
     names = resolve_backend(backend, z.device, z.dtype, n // (3 * num_heads))
     if len(names) == 1 or z.numel() == 0:
         return names[0]
     dtype = str(z.dtype).removeprefix("torch.")
-    key = ("attention", str(z.device), dtype, b, t, num_heads, n // (3 * num_heads), vectors.shape[1] == 3)
-
+    key = ("attention", way, str(z.device), dtype, b, t, num_heads, n // (3 * num_heads), vectors.shape[1] == 3)
     truth: list[Tensor] = []
+    looked_at: set[str] = set()
 
-    def candidate(name: str) -> Callable[[], Any]:
-        looked_at = False
+    def attempt(name: str) -> None:
+        found = run(name)
+        if name not in looked_at:
+            looked_at.add(name)
+            _check_alike(name, _RESULTS[way], found, truth)
+            if name in _LIBRARIES:
+                _check_repeats(name, _RESULTS[way], found, run)
 
-        def there_and_back() -> None:
-            nonlocal looked_at
-            o, lse = _run_forward(name, z, vectors, num_heads)
-            found = [o, lse, *_run_backward(name, o, z, vectors, o, lse, num_heads)]
-            if not looked_at:
-                _check_alike(name, found, truth)
-                looked_at = True
-
-        return there_and_back
-
-    return _chooser.choose(key, {name: candidate(name) for name in names}, z.device, default=names[0])
+    candidates = {name: functools.partial(attempt, name) for name in names}
+    return _chooser.choose(key, candidates, z.device, default=names[0])
 
 
-def _check_alike(name: str, found: list[Tensor], truth: list[Tensor]) -> None:
+def _check_alike(name: str, results: tuple[str, ...], found: tuple[Tensor, ...], truth: list[Tensor]) -> None:
     """Fail where a library computes something else than the first candidate: some are called by names that are not public."""
     if not truth:
         truth += [t.detach().clone() for t in found]
         return
-    for what, got, want in zip(("o", "lse", "dqkv", "dvectors"), found, truth, strict=True):
+    for what, got, want in zip(results, found, truth, strict=True):
         off = (got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30)
         if not off <= _ALIKE:
             raise RuntimeError(f"{what} of {name} is off by {float(off):.1e}")
+
+
+def _check_repeats(
+    name: str, results: tuple[str, ...], found: tuple[Tensor, ...], run: Callable[[str], tuple[Tensor, ...]]
+) -> None:
+    """Fail where a library does not give the same bits again: some add up gradients in the order in which programs end."""
+    for _ in range(_AGAIN):
+        for what, first, again in zip(results, found, run(name), strict=True):
+            if not torch.equal(first, again):
+                raise RuntimeError(f"{what} of {name} has other bits on another run")
 
 
 def _run_forward(name: str, z: Tensor, vectors: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -275,7 +289,7 @@ def _run_forward(name: str, z: Tensor, vectors: Tensor, num_heads: int) -> tuple
         return pick("attention", attention_forward, z)(z, vectors, num_heads)
     q, k, v = (_heads(x, num_heads) for x in _around(scale_qkv, z)(z, vectors).chunk(3, -1))
     o, lse = _LIBRARIES[name][0](q, k, v, 1 / math.sqrt(q.shape[-1]))
-    return _merged(o), lse
+    return _merged(o).contiguous(), lse.contiguous()  # for any backward
 
 
 def _run_backward(
@@ -310,14 +324,23 @@ def _check(z: Tensor, vectors: Tensor, num_heads: int) -> None:
 
 def forward(z: Tensor, vectors: Tensor, num_heads: int, backend: str) -> tuple[Tensor, Tensor]:
     """o (B, T, D) and lse (B, H, T) of contiguous z and vectors."""
-    return _run_forward(_choose(z, vectors, num_heads, backend), z, vectors, num_heads)
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        return _run_forward(name, z, vectors, num_heads)
+
+    return run(_choose("forward", run, z, vectors, num_heads, backend))
 
 
 def backward(
     do: Tensor, z: Tensor, vectors: Tensor, o: Tensor, lse: Tensor, num_heads: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """dz (B, T, 3D) and dvectors, float32, of contiguous tensors."""
-    return _run_backward(_choose(z, vectors, num_heads, backend), do, z, vectors, o, lse, num_heads)
+
+    def attempt(name: str) -> tuple[Tensor, Tensor]:  # do may be all zeros in a model that begins as the identity
+        return _run_backward(name, o, z, vectors, o, lse, num_heads)
+
+    chosen = _choose("backward", attempt, z, vectors, num_heads, backend)
+    return _run_backward(chosen, do, z, vectors, o, lse, num_heads)
 
 
 def _forward(z: Tensor, vectors: Tensor, num_heads: int, backend: str) -> tuple[Tensor, Tensor]:
