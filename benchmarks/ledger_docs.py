@@ -27,6 +27,10 @@ PROBLEMS = ((256, 8), (256, 32), (256, 128), (512, 8), (512, 32))  # image size,
 SHOWN, SHOWN_GPU = (256, 32), "h200"  # the problem of the detailed tables
 EIGHT_BIT_GPUS, EIGHT_BIT_BATCHES = ("h100", "h200", "a100"), (8, 32, 128)
 NOT_MEASURED = "not measured"
+RESULTS = ROOT / "benchmarks" / "results"
+# The profile of the shown step, and the kernels that have been rewritten since: what it says of them is not true of these.
+PROFILE = RESULTS / "nvidia-h200" / "profile-256px-b32.json"
+SINCE_PROFILE = ("attention_dq", "attention_dkdv", "finish")
 
 
 def _name(problem: tuple[int, int]) -> str:
@@ -77,8 +81,16 @@ def kinds(now: dict[str, Any], before: dict[str, Any], full: dict[str, Any], fro
     return _table("kind, predicted | ours before | ours now | frozen PyTorch | full fine-tuning", rows())
 
 
+def profiled() -> dict[str, float]:
+    """What the profile measured of our kernels: name -> microseconds, the mean of all that have it."""
+    rows = json.loads(PROFILE.read_text())["rows"]
+    found = {row["name"].removeprefix("_").removesuffix("_kernel"): row["us_each"] for row in rows}
+    return {name: us for name, us in found.items() if name in KERNELS and name not in SINCE_PROFILE}
+
+
 def kernels(found: list[Launch]) -> str:
     """Every kernel of this package in the step of the shown problem."""
+    measured = profiled()
     ours = [one for one in found if one.name in KERNELS]
     uses = Counter((one.kind, one.name, round(one.bytes / 1e6)) for one in ours)
     first = {(one.kind, one.name, round(one.bytes / 1e6)): one for one in reversed(ours)}
@@ -89,7 +101,7 @@ def kernels(found: list[Launch]) -> str:
             megabytes = first[key].bytes / 1e6
             yield [
                 f"`{key[1]}`", key[0], f"{megabytes:.0f}" if megabytes >= 10 else f"{megabytes:.1f}", f"{us:.1f}",
-                str(uses[key]), f"{uses[key] * us / 1e3:.2f}", "",
+                str(uses[key]), f"{uses[key] * us / 1e3:.2f}", f"{measured.pop(key[1]):.1f}" if key[1] in measured else "",
             ]  # fmt: skip
         sum_ms = sum(one.microseconds(SHOWN_GPU) for one in ours) / 1e3
         yield ["**sum**", "", "", "", f"**{len(ours)}**", f"**{sum_ms:.2f}**", ""]
@@ -141,11 +153,10 @@ def eight_bit(found: Steps) -> str:
     """One row for every GPU and batch, and what the shown step is made of."""
     rate = DEVICES[SHOWN_GPU].eight_bit
     says = (
-        f"{MODEL}, 256 px, a step in a CUDA graph. **Everything here is predicted** by `benchmarks/ledger.py`; the last "
-        f"columns have no\nnumbers yet. Eight-bit products are assumed to reach the share of the datasheet's rate "
-        f"({rate['int8']:.0f} TOP/s, A100 {DEVICES['a100'].eight_bit['int8']:.0f}) that\nbfloat16's reach of theirs, and "
-        f"those of fp8 {FP8_BY_ROWS:.0%} of that, for scales by rows and sums kept in float32; int8's are of this\npackage, "
-        f"at {OWN_INT8:.0%}, as measured."
+        f"{MODEL}, 256 px, a step in a CUDA graph. **All but the last column is predicted** by `benchmarks/ledger.py`. Eight-bit"
+        f"\nproducts are assumed to reach the share of the datasheet's rate ({rate['int8']:.0f} TOP/s, A100 "
+        f"{DEVICES['a100'].eight_bit['int8']:.0f}) that bfloat16's reach of\ntheirs, and those of fp8 {FP8_BY_ROWS:.0%} of that, "
+        f"for scales by rows and sums kept in float32; int8's are of this package, at\n{OWN_INT8:.0%}, as measured."
     )
 
     def cells(key: tuple[str, int], mode: str) -> str:
@@ -158,13 +169,21 @@ def eight_bit(found: Steps) -> str:
         about = found.get((*key, mode))
         return f"{found[(*key, 'fast')]['ms'][key[0]] / about['ms'][key[0]]:.2f}" if about else ""
 
+    def measured(gpu: str, batch: int) -> str:
+        path = RESULTS / f"nvidia-{gpu}" / f"eight-bit-256px-b{batch}.json"
+        if not path.exists():
+            return NOT_MEASURED
+        modes = json.loads(path.read_text())["modes"]
+        steps = (modes.get(f"{mode}-graph") for mode in ("fast", "fast-fp8", "fast-int8"))
+        return ", ".join(f"{one['step_ms']['median']:.1f}" if one else "" for one in steps)
+
     def rows() -> Iterator[list[str]]:
         for gpu in EIGHT_BIT_GPUS:
             for batch in EIGHT_BIT_BATCHES:
                 key = gpu, batch
                 yield [
                     f"{gpu.upper()}, batch {batch}", *(cells(key, mode) for mode in ("fast", "fast-fp8", "fast-int8")),
-                    ratio(key, "fast-fp8"), ratio(key, "fast-int8"), NOT_MEASURED,
+                    ratio(key, "fast-fp8"), ratio(key, "fast-int8"), measured(gpu, batch),
                 ]  # fmt: skip
 
     head = "predicted: launches, GB, ms | bf16 | fp8 | int8 | bf16 / fp8 | bf16 / int8 | measured ms: bf16, fp8, int8"
@@ -173,9 +192,9 @@ def eight_bit(found: Steps) -> str:
     def kind_rows() -> Iterator[list[str]]:
         for kind in dict.fromkeys(kind for side in sides for kind in side["kinds"]):
             parts = [side["kinds"].get(kind) for side in sides]
-            yield [kind, *(f"{part['ms'][SHOWN_GPU]:.2f}" if part else "" for part in parts), NOT_MEASURED]
+            yield [kind, *(f"{part['ms'][SHOWN_GPU]:.2f}" if part else "" for part in parts)]
 
-    kind_head = f"predicted ms, {SHOWN_GPU.upper()}, batch {SHOWN[1]} | bf16 | fp8 | int8 | measured ms"
+    kind_head = f"predicted ms, {SHOWN_GPU.upper()}, batch {SHOWN[1]} | bf16 | fp8 | int8"
     return f"{says}\n\n{_table(head, rows())}\n\n{_table(kind_head, kind_rows())}"
 
 

@@ -88,9 +88,10 @@ def test_launches_and_bytes_in_eight_bits(ledger, monkeypatch: pytest.MonkeyPatc
     products = 7 * DEPTH  # all but the forward of fc2
     assert products == names["_scaled_mm" if mode == "fast-fp8" else "product"] and not names["rescale"]
     # In fp8 the rows of the inputs of qkv and proj, and dz, are quantized by themselves; the others leave their kernels so.
-    assert names["quantize"] == (3 * DEPTH if mode == "fast-fp8" else products)
+    kernel, times = ("quantize", 3 * DEPTH) if mode == "fast-fp8" else ("quantize_rotated", products)
+    assert {name: n for name, n in names.items() if name.startswith("quantize")} == {kernel: times}
     elements = BATCH * 256 * 1152
-    assert min(o.bytes for o in found if o.name == "quantize") == pytest.approx(3 * elements, rel=0.002)
+    assert min(o.bytes for o in found if o.name == kernel) == pytest.approx(3 * elements, rel=0.002)
     if mode == "fast-int8":
         of_both = {name: _int8_product(ledger, name) for name in ("library", "triton")}
         assert {name: len(of["rescale"]) for name, of in of_both.items()} == {"library": products, "triton": 0}
@@ -244,11 +245,11 @@ def test_text_and_json_say_predicted(ledger, capsys: pytest.CaptureFixture[str],
 def test_the_docs_are_about_this_code(ledger) -> None:
     """The tables carry the counts pinned here; ``--check``, which takes a minute, compares all of them."""
     page = ledger.docs.PAGE.read_text(encoding="utf-8")
-    assert page.count(f"→ {PINNED_XL['launches']} |") == len(ledger.docs.PROBLEMS) * len(ledger.docs.GPUS)
+    whole = {(256, 8), (256, 32)}  # in which no batch is cut into groups for what attention's backward leaves
+    assert whole < set(ledger.docs.PROBLEMS) and {batch for _, batch in whole} < set(ledger.docs.EIGHT_BIT_BATCHES)
+    assert page.count(f"→ {PINNED_XL['launches']} |") == len(whole) * len(ledger.docs.GPUS)
     eight = ledger.docs.EIGHT_BIT_PAGE.read_text(encoding="utf-8")
-    assert eight.count(f"| {PINNED_XL['launches']}, ") == len(ledger.docs.EIGHT_BIT_GPUS) * len(
-        ledger.docs.EIGHT_BIT_BATCHES
-    )
+    assert eight.count(f"| {PINNED_XL['launches']}, ") == len(whole) * len(ledger.docs.EIGHT_BIT_GPUS)
     assert "predicted" in eight and ledger.docs.NOT_MEASURED in eight
     assert json.loads(ledger.docs.BEFORE.read_text(encoding="utf-8"))["predicted"] is True
     with pytest.raises(ValueError, match="ledger:begin step"):
