@@ -16,6 +16,7 @@ from difffit_fast._bounds import FRACTION, FROM_ONE, POSITIVE, Bounds
 from difffit_fast.cli import main
 from difffit_fast.data import ImageFolder, visit_seed
 from difffit_fast.data.extract import ExtractConfig, Extraction
+from difffit_fast.data.vae import vae_of
 from difffit_fast.errors import DiffFitError
 from difffit_fast.models.header import read_header
 from difffit_fast.train import TrainConfig, Trainer
@@ -215,13 +216,27 @@ def test_numbers_that_nobody_means_are_refused_before_anything_is_made(name: str
 
 
 @pytest.mark.parametrize("asked", [None, 48])
-def test_images_have_the_size_of_the_base_where_nothing_else_is_said(tmp_path: Path, asked: int | None) -> None:
+def test_images_have_size_and_channels_of_the_base_where_nothing_else_is_said(
+    tmp_path: Path, asked: int | None
+) -> None:
     digits(tmp_path / "images", classes=2, each=3)
     config = TrainConfig(
-        data_path=str(tmp_path / "images"), ckpt="glyphs", vae="none", flip="none", max_steps=1, image_size=asked, device="cpu",
+        data_path=str(tmp_path / "images"), ckpt="glyphs", flip="none", max_steps=1, image_size=asked, device="cpu",
         num_workers=0, results_dir=str(tmp_path / "runs"), global_batch_size=2,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes that the base does not have
         trainer = Trainer(config)
     assert trainer.config.image_size == trainer.model.input_size == (asked or 24)
+    assert trainer.config.vae == "none" and trainer.model.in_channels == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "channels", "vae"),
+    [
+        ({"vae": "mse"}, 4, "mse"), ({"vae": "none"}, 3, "none"), ({}, 4, "ema"), ({}, 3, "none"), ({}, 1, "none"),
+        ({"vae": None}, None, "ema"),
+    ],
+)  # fmt: skip
+def test_the_autoencoder_where_nobody_says(header: dict, channels: int | None, vae: str) -> None:
+    assert vae_of(header, channels) == vae

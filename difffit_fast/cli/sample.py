@@ -16,6 +16,7 @@ from .._bounds import ANY, BATCH, IMAGES, SEED, SIDE, STEPS, Bounds, check_numbe
 from .._devices import choose_device
 from .._files import check_target, sha256
 from .._processes import World
+from ..data.vae import vae_of
 from ..errors import DiffFitError
 from ..models.bases import model_path
 from ..models.delta import read_delta
@@ -251,7 +252,7 @@ def _vae(header: Mapping[str, Any], model: Any, deltas: Mapping[str, Path]) -> s
         if len(set(recorded.values())) > 1:
             said = ", ".join(f"{vae} for {name}" for name, vae in recorded.items())
             raise DiffFitError(f"the deltas were trained with different VAEs ({said}); say which: --vae")
-    return header.get("vae") or ("ema" if model.in_channels == 4 else "none")
+    return vae_of(header, model.in_channels)
 
 
 def _cfg_scale(args: argparse.Namespace) -> float:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +119,16 @@ class LatentSpace:
             z = latents[start : start + batch_size].to(self.device, torch.float32) / self.scale + self.shift
             out[start : start + batch_size] = self.model.decode(z.to(self.dtype)).sample.to(out.device, torch.float32)
         return out.clamp_(-1, 1)
+
+
+def vae_of(header: Mapping[str, Any], channels: int | None) -> str:
+    """Name of the autoencoder of a model, where nobody says: that of its training, else by what it sees.
+
+    Args:
+        header: what the model's file records.
+        channels: of what the model sees; None where that is not known.
+    """
+    return header.get("vae") or ("ema" if channels in (None, 4) else "none")
 
 
 def load_vae(

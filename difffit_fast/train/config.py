@@ -74,7 +74,8 @@ class TrainConfig:
         None, "side of the images, pixels (default: that of the features, else of --ckpt, else 256)",
         steers=True, bounds=SIDE, part_of_model=True)
     vae: str = _data(
-        "ema", "ema, mse, a diffusers folder, a hub name, or none to train on pixels (gray ones for a model of one channel)",
+        "auto", "ema, mse, a diffusers folder, a hub name, or none to train on pixels (gray ones for a model of one channel); "
+        "auto: that of --ckpt where it is recorded, else ema, and none for models without the four channels of its latents",
         steers=True, part_of_model=True, null="none")
     flip: str = _data(
         "horizontal", "mirror half of the visits of images: horizontal; none where left and right are not alike (letters)",

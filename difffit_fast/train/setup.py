@@ -11,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .._processes import World
 from ..data import ImageFolder, LatentSpace, PixelSpace, TrainingData
+from ..data.vae import vae_of
 from ..errors import DiffFitError
 from ..models.checkpoint import ModelFile
 from ..models.dit import DiT
@@ -78,7 +79,10 @@ def assemble(
     base = read_base(config) if model is None else None
     given = model is not None
     size = base.image_size if base is not None else None
-    source = open_source(config, device, data, val_data, _channels(config, model, base), size)
+    channels = _channels(config, model, base)
+    if config.vae == "auto":
+        config = config.replace(vae=vae_of({} if base is None else base.header, channels))
+    source = open_source(config, device, data, val_data, channels, size)
     classes = choose_classes(config, source.data, source.validation, model, base)
     model, objective = _model_and_objective(config, source, classes.names, model, base)
     stream, validation = _streams(config, source, classes, _label_dropout(config, model))
