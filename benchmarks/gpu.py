@@ -109,6 +109,7 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
     setup = ["-c", report] if tiny else ["{root}/setup.py", "-q", "build", "--build-lib", str(BUILT)]
     grid = ["--batches", "1", "--widths", "72", "--tokens", "16", "--rounds", "3", "--no-compile"] if tiny else []
     eight_bit = ["--widths", "1152", "--dtypes", "bf16", "--no-compile"]
+    plans, interpreted = [*eight_bit, "--batches", "32", "--rounds", "20"], {"TRITON_INTERPRET": "1"} if tiny else {}
     tests = ["{root}/tests/test_gpu.py"] if tiny else gpu_tests()
     profile = (
         ["--mode", "fast", "--image-size", "64", "--batch-size", "2", "--steps", "2"]
@@ -129,6 +130,8 @@ def list_parts(out: Path, tiny: bool = False) -> list[Part]:
                                "--json", str(out / "eight_bit.json")], 60, 15),
         Part("ops", ["run_all.py", "--device", device, "--out", str(out), *(grid or ["--compile-widths", "1152"]),
                      "--seconds", "{seconds}"], 75, 20),
+        Part("attention-plans", ["bench_attention_plans.py", "--device", device, *(grid or plans), "--seconds", "{seconds}",
+                                 "--json", str(out / "attention_plans.json")], 110, 40, interpreted),
         speed(256, 8, 50, 25, STRONGEST),
         speed(256, 8, 50, 25, FROZEN, tag="-frozen"),
         speed(256, 128, 100, 40, STRONGEST, "--inner", "2"),
