@@ -175,6 +175,7 @@ _LIBRARIES: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+@functools.cache  # looking for what is not there takes as long as a launch
 def _xformers() -> Any | None:
     try:
         import xformers.ops
@@ -241,11 +242,14 @@ def _choose(
 ) -> str:
     """The backend for ``way``, forward or backward, which ``run`` computes by name."""
     b, t, n = z.shape
+    dtype = str(z.dtype).removeprefix("torch.")
+    key = ("attention", way, str(z.device), dtype, b, t, num_heads, n // (3 * num_heads), vectors.shape[1] == 3)
+    known = _chooser.known(key) if backend == "auto" else None
+    if known is not None:
+        return known
     names = resolve_backend(backend, z.device, z.dtype, n // (3 * num_heads))
     if len(names) == 1 or z.numel() == 0:
         return names[0]
-    dtype = str(z.dtype).removeprefix("torch.")
-    key = ("attention", way, str(z.device), dtype, b, t, num_heads, n // (3 * num_heads), vectors.shape[1] == 3)
     truth: list[Tensor] = []
     looked_at: set[str] = set()
 
