@@ -3,6 +3,7 @@ process that compiles, and uninitialised memory that cannot pass for a result.""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import json
@@ -31,6 +32,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:  # for pytest-xdist: fixtures of a file are made once, and so is the interpreter's process
         item.add_marker(pytest.mark.xdist_group("interpreter" if "interpreter" in item.keywords else item.path.stem))
+        if "interpreter" in item.keywords and not INTERPRETED:
+            item.add_marker(pytest.mark.timeout(1500))  # the first of them waits for all
     if torch.cuda.is_available() and not INTERPRETED:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -143,6 +146,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     global _outcomes
     if _outcomes is None:
+        stopped = {"outcome": "failed", "text": "the interpreter's process was stopped before it ended", "out": ""}
+        _outcomes = collections.defaultdict(lambda: stopped)  # unless it ends: it is not begun anew for every test
         _outcomes = _interpret(pyfuncitem.session)
     here = _outcomes[_name(pyfuncitem)]
     if here["out"]:
