@@ -143,6 +143,22 @@ def test_cut_as_a_device_is(T: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("room", TRITON)
+@pytest.mark.parametrize(("R", "G"), [(3, 1), (3, 5), (1, 5)])
+def test_batches_are_cut_into_groups(room: str, R: int, G: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where dS of all samples would be too much at once: of five two at a time, the last alone, or each; the same bits."""
+    triton = launchers()
+    z, vectors, do = inputs(5, 20, 2, 24, F32, R, G)
+    there = on(room, z, vectors, do)
+    o, lse = triton.attention_forward(*there[:2], 2)
+    backward = lambda: triton.attention_backward(there[2], *there[:2], o, lse, 2)  # noqa: E731
+    whole, one = backward(), 2 * 20 * 32 * z.element_size()
+    for size in (2 * one, 1):
+        monkeypatch.setattr(triton, "DS_BYTES", size)
+        check(room, z, vectors, do, 2)
+        assert all(torch.equal(a, b) for a, b in zip(whole, backward(), strict=True))
+
+
+@pytest.mark.parametrize("room", TRITON)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_gains_that_nothing_may_be_divided_by(room: str, dtype: torch.dtype) -> None:
     """Zero, negative, tiny and denormal factors in some channels."""
