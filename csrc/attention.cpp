@@ -12,9 +12,14 @@
 // keys (backward); what blocks of keys add to dz_q is then kept apart and added in their order, as within one unit:
 // the bits are the same. The vectors' gradients are summed by block of kKeyRows tokens, then over blocks and samples
 // in order.
+//
+// Products are float32, for bfloat16 too, which is widened as it is packed; but where the processor multiplies bfloat16 as
+// it is (avx512_bf16), that is what a product takes (attention_dot_kernels.h): twice as fast, and rounded as in any
+// attention that computes in bfloat16.
 #include "ops.h"
 
 #include <cmath>
+#include <type_traits>
 
 namespace difffit {
 
@@ -33,6 +38,7 @@ constexpr int64_t kKeyRows = 64;  // keys of a block, backward
 }  // namespace difffit
 
 #define DIFFFIT_KERNELS "attention_kernels.h"
+#define DIFFFIT_DOT_KERNELS "attention_dot_kernels.h"
 #include "foreach_isa.h"
 
 namespace difffit {
@@ -75,6 +81,33 @@ struct Sizes {
   int64_t at(int64_t unit, int64_t n) const { return unit / heads * T * n * D + unit % heads * d; }
 };
 
+// The kernels for this processor, and the floats of memory that they want, of (tokens, d).
+template <class E>
+struct Kernels {
+  int64_t (*forward_room)(int64_t, int64_t) = DIFFFIT_PICK(attention_forward_room);
+  void (*forward)(const Head<E>&, E*, float*, int64_t, int64_t, float*) = DIFFFIT_PICK(attention_forward_queries<E>);
+  int64_t (*backward_room)(int64_t, int64_t) = DIFFFIT_PICK(attention_backward_room);
+  void (*head)(const Head<E>&, const E*, const E*, const float*, E*, float*, float*) = DIFFFIT_PICK(attention_backward_head<E>);
+  void (*keys)(const Head<E>&, const E*, const E*, const float*, E*, float*, float*, int64_t, int64_t,
+               float*) = DIFFFIT_PICK(attention_backward_keys<E>);
+  void (*queries)(const Head<E>&, const float*, int64_t, int64_t, E*, float*) = DIFFFIT_PICK(attention_backward_queries<E>);
+  int64_t (*slice)(int64_t, int64_t) = DIFFFIT_PICK(attention_slice);
+};
+
+template <class E>
+Kernels<E> kernels() {
+#ifdef DIFFFIT_X86
+  if constexpr (std::is_same_v<E, bf16>) {
+    if (isa() == Isa::avx512_bf16) {
+      return {&avx512_bf16::dot_forward_room,   &avx512_bf16::dot_forward_queries, &avx512_bf16::dot_backward_room,
+              &avx512_bf16::dot_backward_head,  &avx512_bf16::dot_backward_keys,   &avx512_bf16::attention_backward_queries<E>,
+              &avx512_bf16::attention_slice};
+    }
+  }
+#endif
+  return {};
+}
+
 // Runs f(unit, part, memory) for all of them, with `room` floats of memory on a cache line.
 template <class F>
 void for_units(int64_t units, int64_t parts, int64_t room, F f) {
@@ -90,13 +123,13 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& z, const Tensor& vect
   if (s.B * s.T == 0) return {o, lse};
   dispatch(z.scalar_type(), [&](auto t) {
     using E = typename decltype(t)::type;
-    const auto kernel = DIFFFIT_PICK(attention_forward_queries<E>);
+    const Kernels<E> kernel = kernels<E>();
     E* po = out<E>(o);
     float* plse = out<float>(lse);
     const int64_t blocks = (s.T + kKeyRows - 1) / kKeyRows, parts = s.parts(blocks);
-    const int64_t room = DIFFFIT_PICK(attention_forward_room)(s.T, s.d);
-    for_units(s.units(), parts, room, [&](int64_t u, int64_t p, float* memory) {
-      kernel(s.head<E>(z, vectors, u), po + s.at(u, 1), plse + u * s.T, s.T * p / parts, s.T * (p + 1) / parts, memory);
+    for_units(s.units(), parts, kernel.forward_room(s.T, s.d), [&](int64_t u, int64_t p, float* memory) {
+      kernel.forward(s.head<E>(z, vectors, u), po + s.at(u, 1), plse + u * s.T, s.T * p / parts, s.T * (p + 1) / parts,
+                     memory);
     });
   });
   return {o, lse};
@@ -125,26 +158,24 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& 
     const float* plse = in<float>(lse);
     E* pz = out<E>(dz);
     const auto sums_of = [&](int64_t u) { return sums.get() + u / s.heads * blocks * 3 * s.D + u % s.heads * s.d; };
-    const int64_t room = DIFFFIT_PICK(attention_backward_room)(s.T, s.d);
+    const Kernels<E> kernel = kernels<E>();
+    const int64_t room = kernel.backward_room(s.T, s.d);
     if (parts == 1) {
-      const auto kernel = DIFFFIT_PICK(attention_backward_head<E>);
       for_units(s.units(), 1, room, [&](int64_t u, int64_t, float* memory) {
-        kernel(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3),
-               sums_of(u), memory);
+        kernel.head(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3),
+                    sums_of(u), memory);
       });
       return;
     }
-    const auto keys = DIFFFIT_PICK(attention_backward_keys<E>);
-    const auto queries = DIFFFIT_PICK(attention_backward_queries<E>);
-    const int64_t slice = DIFFFIT_PICK(attention_slice)(s.T, s.d);
+    const int64_t slice = kernel.slice(s.T, s.d);
     const std::unique_ptr<float[]> slices(new float[s.units() * blocks * slice]);
     for_units(s.units(), parts, room, [&](int64_t u, int64_t p, float* memory) {
-      keys(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3),
-           sums_of(u), slices.get() + u * blocks * slice, blocks * p / parts, blocks * (p + 1) / parts, memory);
+      kernel.keys(s.head<E>(z, vectors, u), pd + s.at(u, 1), po + s.at(u, 1), plse + u * s.T, pz + s.at(u, 3), sums_of(u),
+                  slices.get() + u * blocks * slice, blocks * p / parts, blocks * (p + 1) / parts, memory);
     });
     for_units(s.units(), 1, 0, [&](int64_t u, int64_t, float*) {
-      queries(s.head<E>(z, vectors, u), slices.get() + u * blocks * slice, slice, blocks, pz + s.at(u, 3),
-              sums_of(u));
+      kernel.queries(s.head<E>(z, vectors, u), slices.get() + u * blocks * slice, slice, blocks, pz + s.at(u, 3),
+                     sums_of(u));
     });
   });
   const auto sum = DIFFFIT_PICK(sum_partials);

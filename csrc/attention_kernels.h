@@ -157,9 +157,9 @@ DF_KERNEL void attention_forward_queries(const Head<T>& h, T* o, float* lse, int
   for (int64_t t = first; t < last; t += block) {
     const int64_t rows = last - t < block ? last - t : block;
     pack_queries(h.z + t * stride, stride, room.vectors.bias, room.vectors.query, room.queries, ld, rows, d);
-    multiply({room.queries, ld, 1}, {room.keys, kPanel, kPanel * d}, room.scores, wide, rows, n, d, false);
+    multiply<float>({room.queries, ld, 1}, {room.keys, kPanel, kPanel * d}, room.scores, wide, rows, n, d, false);
     exponentials(room.scores, wide, room.inverse, lse + t, rows, n);
-    multiply({room.scores, wide, 1}, {room.values, ld, kPanel}, room.sums, ld, rows, d, n, false);
+    multiply<float>({room.scores, wide, 1}, {room.values, ld, kPanel}, room.sums, ld, rows, d, n, false);
     scale_output(room.sums, ld, room.inverse, room.vectors.value, o + t * h.D, h.D, rows, d);
   }
 }
@@ -290,13 +290,13 @@ DF_INLINE void backward_keys(const Head<T>& h, const T* dout, const T* o, const 
       for (int64_t i = 0; i < some; i += kQueryRows) {
         const int64_t few = some - i < kQueryRows ? some - i : kQueryRows;
         float *p = room.p + i * wide, *ds = room.ds + i * wide;
-        multiply({queries + i * ld, ld, 1}, {room.keys_t, kPanel, kPanel * d}, p, wide, few, rows, d, false);
-        multiply({outputs + i * ld, ld, 1}, {room.values_t, kPanel, kPanel * d}, ds, wide, few, rows, d, false);
+        multiply<float>({queries + i * ld, ld, 1}, {room.keys_t, kPanel, kPanel * d}, p, wide, few, rows, d, false);
+        multiply<float>({outputs + i * ld, ld, 1}, {room.values_t, kPanel, kPanel * d}, ds, wide, few, rows, d, false);
         score_gradients(p, ds, wide, lse + t + i, room.delta + t + i, few, rows);
       }
-      multiply({room.p, 1, wide}, {outputs, ld, kPanel}, room.dvalues, ld, rows, d, some, t > 0);
-      multiply({room.ds, 1, wide}, {queries, ld, kPanel}, room.dkeys, ld, rows, d, some, t > 0);
-      multiply({room.ds, wide, 1}, {room.keys, ld, kPanel}, dqueries + block * slice + t * ld, ld, some, d, rows,
+      multiply<float>({room.p, 1, wide}, {outputs, ld, kPanel}, room.dvalues, ld, rows, d, some, t > 0);
+      multiply<float>({room.ds, 1, wide}, {queries, ld, kPanel}, room.dkeys, ld, rows, d, some, t > 0);
+      multiply<float>({room.ds, wide, 1}, {room.keys, ld, kPanel}, dqueries + block * slice + t * ld, ld, some, d, rows,
                slice == 0 && block > 0);
     }
     store_rows(room.dkeys, ld, dz + h.D + key * stride, stride, rows, d);

@@ -2,6 +2,9 @@
 // difffit::avx2 and difffit::baseline. Every function carries its target as an attribute, so no file needs flags of its
 // own and nothing outside these namespaces is compiled for a processor that may not be there. DIFFFIT_PICK(kernel)
 // is the address of the version for this processor.
+//
+// Kernels that multiply bfloat16 as it is are in a header of their own, DIFFFIT_DOT_KERNELS, compiled in
+// difffit::avx512_bf16. What else an avx512_bf16 processor runs is difffit::avx512.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +21,19 @@
 #define DF_LAMBDA DF_TARGET __attribute__((always_inline))  // lambdas do not inherit the target of their function
 
 #ifdef DIFFFIT_X86
+
+#ifdef DIFFFIT_DOT_KERNELS
+#define DF_ISA avx512_bf16
+#define DF_LANES 16
+#define DF_DOTS 1
+#define DF_TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma")))
+#include "simd.h"
+#include DIFFFIT_DOT_KERNELS
+#undef DF_ISA
+#undef DF_LANES
+#undef DF_DOTS
+#undef DF_TARGET
+#endif
 
 #define DF_ISA avx512
 #define DF_LANES 16
@@ -50,7 +66,7 @@
 
 #ifdef DIFFFIT_X86
 #define DIFFFIT_PICK(...)                                                \
-  (::difffit::isa() == ::difffit::Isa::avx512 ? &avx512::__VA_ARGS__     \
+  (::difffit::isa() >= ::difffit::Isa::avx512 ? &avx512::__VA_ARGS__     \
    : ::difffit::isa() == ::difffit::Isa::avx2 ? &avx2::__VA_ARGS__       \
                                               : &baseline::__VA_ARGS__)
 #else

@@ -83,7 +83,7 @@ DF_KERNEL void mlp_forward_rows(const float* h, const float* p1, const float* b1
                                 float* branch, float* room, int64_t rows, int64_t D, int64_t F) {
   for (int64_t f = 0; f < F; f += kDepth) {
     const int64_t width = F - f < kDepth ? F - f : kDepth;
-    multiply({h, D, 1}, {p1 + f * D, kPanel, kPanel * D}, room, kHidden, rows, width, D, false);
+    multiply<float>({h, D, 1}, {p1 + f * D, kPanel, kPanel * D}, room, kHidden, rows, width, D, false);
     for (int64_t m = 0; m < rows; ++m) {
       float *to = u + m * F + f, *g = room + m * kHidden;
       for (int64_t i = 0; i < width; i += W) {
@@ -95,7 +95,7 @@ DF_KERNEL void mlp_forward_rows(const float* h, const float* p1, const float* b1
         }
       }
     }
-    multiply({room, kHidden, 1}, {p2 + f * kPanel, kPanel, kPanel * F}, branch, D, rows, D, width, f > 0);
+    multiply<float>({room, kHidden, 1}, {p2 + f * kPanel, kPanel, kPanel * F}, branch, D, rows, D, width, f > 0);
   }
 }
 
@@ -123,7 +123,7 @@ DF_KERNEL void mlp_backward_rows(const float* dbranch, const float* p1, const fl
                                  int64_t F) {
   for (int64_t f = 0; f < F; f += kDepth) {
     const int64_t width = F - f < kDepth ? F - f : kDepth;
-    multiply({dbranch, D, 1}, {p2 + f * D, kPanel, kPanel * D}, room, kHidden, rows, width, D, false);
+    multiply<float>({dbranch, D, 1}, {p2 + f * D, kPanel, kPanel * D}, room, kHidden, rows, width, D, false);
     for (int64_t first = 0; first < rows; first += kChunkRows) {
       float* sums = db + first / kChunkRows * F + f;
       const float* mine = kBare ? bias + f : nullptr;
@@ -133,7 +133,7 @@ DF_KERNEL void mlp_backward_rows(const float* dbranch, const float* p1, const fl
       for (; m + 2 <= end; m += 2) mlp_slopes<2, kBare>(room + m * kHidden, u + m * F + f, mine, F, sums, width);
       for (; m < end; ++m) mlp_slopes<1, kBare>(room + m * kHidden, u + m * F + f, mine, F, sums, width);
     }
-    if (dh) multiply({room, kHidden, 1}, {p1 + f * kPanel, kPanel, kPanel * F}, dh, D, rows, D, width, f > 0);
+    if (dh) multiply<float>({room, kHidden, 1}, {p1 + f * kPanel, kPanel, kPanel * F}, dh, D, rows, D, width, f > 0);
   }
 }
 

@@ -1,5 +1,6 @@
-// Products of float32 matrices that lie in a core's cache: C(m×n) (+)= A(m×k)·B(k×n); included once for each
-// instruction set.
+// Products of matrices that lie in a core's cache: C(m×n) (+)= A(m×k)·B(k×n), C in float32; included once for each
+// instruction set. The elements of A and B are floats or, where the processor multiplies them in one instruction
+// (DF_DOTS), pairs of bfloat16, consecutive in k: then k counts pairs, and a step is twice the work.
 //
 // C is made tile by tile in registers, kTileRows × kTileVectors vectors: 6×16 floats with AVX2. A step in k loads 16
 // floats of B and 6 of A, each spread over a vector, for 12 fused multiply-adds. Zen and Intel cores start two of these
@@ -22,32 +23,65 @@ constexpr int kTileVectors = DF_LANES == 16 ? 4 : 2;  // AVX-512 has 32 register
 constexpr int64_t kPanel = kTileVectors * W;
 constexpr int64_t kDepth = 256;
 
+// What one step in k multiplies, spread over a vector or loaded as one, and how it is added to a sum.
+DF_INLINE vf spread(float x) { return splat(x); }
+DF_INLINE vf multiply_add(vf sum, vf a, vf b) { return sum + a * b; }
+
+#ifdef DF_DOTS
+struct Pair {
+  uint32_t bits;  // two bfloat16, the lower half for the smaller k
+};
+
+DF_INLINE vu spread(Pair x) { return vu{} + x.bits; }
+DF_INLINE vf multiply_add(vf sum, vu a, vu b) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+DF_INLINE vu load(const Pair* p, Full) {
+  vu v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+DF_INLINE void store(Pair* p, vu v) { std::memcpy(p, &v, sizeof v); }
+
+// Pairs of two vectors, each rounded to the nearest bfloat16, ties to even.
+DF_INLINE vu round_pairs(vf low, vf high) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+}
+#endif
+
 // Element (i, k) is at data[i*row + k*step].
+template <class E>
 struct Left {
-  const float* data;
+  const E* data;
   int64_t row, step;
 };
 
 // Row k of columns j*kPanel, ..., j*kPanel + kPanel - 1 begins at data[j*panel + k*step]. The last panel is read up to
 // the end of a vector; there must be numbers, which do no harm.
+template <class E>
 struct Right {
-  const float* data;
+  const E* data;
   int64_t step, panel;
 };
 
-template <int R, int C>
-DF_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c,
+template <int R, int C, class E>
+DF_INLINE void multiply_tile(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, float* c,
                              int64_t c_row, int64_t k, bool add) {
   vf sum[R][C];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < C; ++v) sum[r][v] = vf{};
   }
   for (; k > 0; --k) {
-    vf right[C];
+    decltype(spread(*a)) right[C];
     for (int v = 0; v < C; ++v) right[v] = load(b + v * W, Full{});
     for (int r = 0; r < R; ++r) {
-      const vf left = splat(a[r * a_row]);
-      for (int v = 0; v < C; ++v) sum[r][v] += left * right[v];
+      const auto left = spread(a[r * a_row]);
+      for (int v = 0; v < C; ++v) sum[r][v] = multiply_add(sum[r][v], left, right[v]);
     }
     a += a_step;
     b += b_step;
@@ -60,8 +94,8 @@ DF_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, cons
   }
 }
 
-template <int C>
-DF_KERNEL void multiply_tiles(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c,
+template <int C, class E>
+DF_KERNEL void multiply_tiles(const E* a, int64_t a_row, int64_t a_step, const E* b, int64_t b_step, float* c,
                               int64_t c_row, int64_t m, int64_t k, bool add) {
   for (; m >= kTileRows; m -= kTileRows) {
     multiply_tile<kTileRows, C>(a, a_row, a_step, b, b_step, c, c_row, k, add);
@@ -78,15 +112,16 @@ DF_KERNEL void multiply_tiles(const float* a, int64_t a_row, int64_t a_step, con
 }
 
 // C = A·B, or C += A·B. C is written up to the end of a vector, so its rows need room for that.
-DF_KERNEL void multiply(Left a, Right b, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k, bool add) {
+template <class E>
+DF_KERNEL void multiply(Left<E> a, Right<E> b, float* c, int64_t c_row, int64_t m, int64_t n, int64_t k, bool add) {
   for (int64_t first = 0; first < k; first += kDepth) {
     const int64_t depth = k - first < kDepth ? k - first : kDepth;
     const int64_t rows = depth * n <= kDepth * kPanel ? kTileRows : m;  // A's tile stays in the cache, or B's panel
     for (int64_t i = 0; i < m; i += rows) {
-      const float* left = a.data + i * a.row + first * a.step;
+      const E* left = a.data + i * a.row + first * a.step;
       const int64_t height = m - i < rows ? m - i : rows;
       for (int64_t j = 0; j < n; j += kPanel) {
-        const float* right = b.data + j / kPanel * b.panel + first * b.step;
+        const E* right = b.data + j / kPanel * b.panel + first * b.step;
         float* to = c + i * c_row + j;
         const int64_t vectors = (n - j + W - 1) / W;
         if (vectors >= kTileVectors) {

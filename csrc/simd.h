@@ -60,12 +60,20 @@ DF_INLINE vf load(const T* p, Part k) {
   return load(lanes, Full{});
 }
 
-// store returns the value as stored: rounded, for bfloat16 (to nearest, ties to even; NaN stays NaN).
+// store returns the value as stored: rounded, for bfloat16 (to nearest, ties to even; NaN stays NaN; the one instruction
+// that does it makes denormal numbers zero).
 DF_INLINE vf store(float* p, vf v, Full) {
   std::memcpy(p, &v, sizeof v);
   return v;
 }
 
+#ifdef DF_DOTS
+DF_INLINE vf store(bf16* p, vf v, Full) {
+  const vh half = (vh)_mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &half, sizeof half);
+  return (vf)(widen(half) << 16);
+}
+#else
 DF_INLINE vf store(bf16* p, vf v, Full) {
   vu bits = (vu)v;
   bits += 0x7fffu + ((bits >> 16) & 1u);
@@ -75,6 +83,7 @@ DF_INLINE vf store(bf16* p, vf v, Full) {
   std::memcpy(p, &half, sizeof half);
   return (vf)(bits << 16);
 }
+#endif
 
 template <class T>
 DF_INLINE vf store(T* p, vf v, Part k) {
