@@ -206,7 +206,7 @@ def build_info() -> dict[str, Any]:
     ``cxx_flags``, ``torch_built``, ``torch_target`` (the oldest PyTorch the library serves), ``python_built``,
     ``cuda_built`` (CUDA version of the compiled CUDA sources, or None), ``cuda_arch_list``, ``cuda_problem`` (why they
     do not load under a PyTorch with CUDA, or None), ``torch``, ``torch_cuda``, ``python``, ``cpu_capability``
-    (instruction set of the C++ kernels here: AVX512, AVX2 or baseline; None without the extension), ``triton``,
+    (instruction set of the C++ kernels here: AVX512_BF16, AVX512, AVX2 or baseline; None without the extension), ``triton``,
     ``xformers`` (versions, or None), ``kernels`` (DIFFFIT_FAST_KERNELS).
     """
     module, problem = _library()

@@ -139,10 +139,23 @@ def capability() -> str:
     return _C.cpu_capability().lower()
 
 
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+
+
+def skip_unless_another(name: str) -> None:
+    """Skip what the other tests use, and what this processor does not have."""
+    best = INSTRUCTION_SETS.index(capability())
+    if name == "avx512_bf16" and capability() == "avx512":  # it may be there and have to be asked for
+        cpuinfo = Path("/proc/cpuinfo")
+        best += cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text().split()
+    if name == capability() or INSTRUCTION_SETS.index(name) > best:
+        pytest.skip(f"the other tests use {capability()}, or this processor does not have {name}")
+
+
 def check_everything(name: str) -> None:
     """One odd size of every check, for a process of its own: the choice is made once, at the first call."""
     os.environ["DIFFFIT_FAST_CPU"] = "sse9"
-    with pytest.raises(RuntimeError, match="must be avx512, avx2 or baseline; got 'sse9'"):
+    with pytest.raises(RuntimeError, match="must be avx512_bf16, avx512, avx2 or baseline; got 'sse9'"):
         ops.colsum(torch.zeros(2, 2))
     os.environ["DIFFFIT_FAST_CPU"] = name
     B, T, D = 2, 37, 53
@@ -159,12 +172,9 @@ def check_everything(name: str) -> None:
     assert capability() == name
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_processor(name: str) -> None:
-    best = capability()
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(name) >= order.index(best):
-        pytest.skip(f"this processor has {best}, which the other tests use")
+    skip_unless_another(name)
     script = f"import test_cpp_kernels as t, conftest\nwith conftest.poison(): t.check_everything({name!r})"
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

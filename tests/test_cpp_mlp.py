@@ -14,7 +14,7 @@ import pytest
 import torch
 from optest import BF16, F32, KERNEL_SLACK
 from optest import draw as draw_double
-from test_cpp_kernels import capability
+from test_cpp_kernels import INSTRUCTION_SETS, capability, skip_unless_another
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -242,11 +242,9 @@ def check_instruction_set(name: str) -> None:
     assert capability() == name
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_processor(name: str) -> None:
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(name) >= order.index(capability()):
-        pytest.skip("the other tests use it, or the processor does not have it")
+    skip_unless_another(name)
     script = f"import test_cpp_mlp as t, conftest\nwith conftest.poison(): t.check_instruction_set({name!r})"
     run = subprocess.run(
         [sys.executable, "-c", script],
