@@ -16,7 +16,7 @@
 // Products are float32, for bfloat16 too, which is widened as it is packed; but where the processor multiplies bfloat16 as
 // it is (avx512_bf16), that is what a product takes (attention_dot_kernels.h): twice as fast, and rounded as in any
 // attention that computes in bfloat16.
-#include "ops.h"
+#include "attention.h"
 
 #include <cmath>
 #include <type_traits>
@@ -117,6 +117,8 @@ void for_units(int64_t units, int64_t parts, int64_t room, F f) {
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& z, const Tensor& vectors, int64_t num_heads) {
   const Sizes s("attention_forward", z, vectors, num_heads);
   Tensor o = empty(z, {s.B, s.T, s.D}, z.scalar_type()), lse = empty(z, {s.B, s.heads, s.T});
@@ -185,8 +187,6 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& 
   }
   return {dz, dvectors};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(difffit_fast_cpp, m) {
   m.def("attention_forward(Tensor z, Tensor vectors, int num_heads) -> (Tensor, Tensor)");

@@ -3,12 +3,10 @@
 // in float32. Everything between the products is float32, as in attention_kernels.h, which lies below.
 //
 // A product takes pairs that are consecutive in k. Where k runs along the rows of z, as in the scores, they lie so already.
-// Where it runs along the tokens, two rows are laid into one of pairs: "folded" below.
+// Where it runs along the tokens, two rows are folded into one of pairs.
 #include "attention_kernels.h"
 
 namespace difffit::DF_ISA {
-
-inline int64_t pairs(int64_t n) { return (n + 1) / 2; }
 
 // -- packing ---------------------------------------------------------------------------------------------------------
 // to_t = f(x_t) as bfloat16, zero from the end of a row to the end of its last vector. ld: pairs.
@@ -37,30 +35,6 @@ DF_KERNEL void round_queries(const bf16* x, int64_t stride, const float* bias, c
   round_rows(x, stride, to, ld, rows, d, [&](vf v, int64_t c, auto lanes) DF_LAMBDA {
     return (v + load(bias + c, lanes)) * load(factor + c, lanes);
   });
-}
-
-// Rows 2j and 2j + 1 of what round_rows made as row j of pairs, up to the end of a vector; zero behind the last row.
-DF_KERNEL void fold_rows(const Pair* x, int64_t ld, Pair* to, int64_t to_ld, int64_t rows, int64_t d) {
-  for (int64_t t = 0; t < rows; t += 2) {
-    const bf16 *low = reinterpret_cast<const bf16*>(x + t * ld), *high = reinterpret_cast<const bf16*>(x + (t + 1) * ld);
-    Pair* row = to + t / 2 * to_ld;
-    for (int64_t c = 0; c < d; c += W) {
-      const vu first = (vu)load(low + c, Full{}) >> 16;
-      store(row + c, t + 1 < rows ? first | (vu)load(high + c, Full{}) : first);
-    }
-  }
-}
-
-// The transpose of the pairs of `rows` rows, as panels (Right{panels, kPanel, kPanel·d2}); zero behind the last row.
-DF_KERNEL void transpose_pairs(const Pair* x, int64_t ld, Pair* panels, int64_t rows, int64_t d2) {
-  for (int64_t first = 0; first < rows; first += kPanel, panels += kPanel * d2) {
-    const int64_t n = rows - first < kPanel ? rows - first : kPanel;
-    for (int64_t c = 0; c < d2; ++c) {
-      const Pair* column = x + first * ld + c;
-      for (int64_t j = 0; j < n; ++j) panels[c * kPanel + j] = column[j * ld];
-      for (int64_t j = n; j < kPanel; ++j) panels[c * kPanel + j] = Pair{0};
-    }
-  }
 }
 
 // Pairs in a scratch memory.

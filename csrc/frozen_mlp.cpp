@@ -8,17 +8,20 @@
 // With a bias (B, N), one for each of B samples, u is the bare product: g = gelu(u + bias), du = dg·g'(u + bias), and db
 // (B, N) is the sum over each sample's rows.
 //
-// mlp_forward and mlp_backward make both products as well (float32). The weights are laid out in panels at each call, of
+// mlp_forward and mlp_backward make both products as well (products.h says for which dtypes). The weights are laid out in panels at each call, of
 // which M·16 multiplications an element make little; then every thread takes some rows through fc1, GELU and fc2, 256
 // hidden channels at a time: g, dg and du stay in the second-level cache and are never in memory. 4·M·D·F operations each
 // way; of bytes, forward h, both weights, u and branch, backward dbranch, both weights, u and dh.
 #include "ops.h"
 
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #define DIFFFIT_KERNELS "frozen_mlp_kernels.h"
+#define DIFFFIT_DOT_KERNELS "frozen_mlp_kernels.h"
 #include "foreach_isa.h"
+#include "products.h"
 
 namespace difffit {
 namespace {
@@ -92,78 +95,47 @@ std::tuple<Tensor, Tensor> gelu_backward(const Tensor& dg, const Tensor& u, cons
 }
 
 // -- in one operation ------------------------------------------------------------------------------------------------
-constexpr int64_t kUnitChunks = 8;  // at most, in a unit: 256 rows and their piece of the hidden channels fill 512 KB
+// At most, in a unit, so that what it keeps fits the second-level cache: 256 rows, or 128, which keep more.
+template <class E>
+constexpr int64_t kUnitChunks = std::is_same_v<E, float> ? 8 : 4;
 
 // The sizes, checked. The kernels work on whole vectors: D and F must be multiples of kGranule.
 struct MlpSizes {
   int64_t M, D, F;
 
-  MlpSizes(const char* op, const Tensor& w1, const Tensor& w2, int64_t rows) : M(rows) {
-    check(op, "w1", w1, 2, true);
+  MlpSizes(const char* op, const char* name, const Tensor& rows, const Tensor& w1, const Tensor& w2) : M(rows.size(0)) {
+    check_multiplies(op, name, rows);
+    check(op, "w1", w1, 2);
+    check_same_dtype(op, "w1", w1, name, rows);
     D = w1.size(1), F = w1.size(0);
-    check_vector(op, "w2", w2, {D, F});
+    check_shape(op, "w2", w2, {D, F});
+    check_same_dtype(op, "w2", w2, name, rows);
     STD_TORCH_CHECK(D % kGranule == 0 && F % kGranule == 0 && D > 0 && F > 0, op, ": the sizes of w1 must be multiples of ",
                     kGranule, "; got ", shape(w1));
   }
-
-  // Runs f(chunk, memory) for units of whole chunks of one sample, about as many for each thread, with `room`(rows) floats;
-  // a unit is told as its first chunk, with the rows of all of them.
-  template <class Room, class Run>
-  void for_units(const Chunks& by_sample, Room room, Run f) const {
-    const int64_t chunks = by_sample.count();
-    if (chunks == 0) return;
-    const int64_t T = M / by_sample.samples();
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t wanted = threads * ((chunks + threads * kUnitChunks - 1) / (threads * kUnitChunks));
-    const int64_t rows = (chunks + wanted - 1) / wanted * kChunkRows, units = (T + rows - 1) / rows;
-    torch::stable::parallel_for(0, by_sample.samples() * units, 1, [&](int64_t begin, int64_t end) {
-      const Aligned memory(room(rows));
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t sample = i / units, first = i % units * rows;
-        f(Chunk{sample * by_sample.per_sample() + first / kChunkRows, sample, sample * T + first,
-                std::min(rows, T - first)},
-          memory.data);
-      }
-    });
-  }
 };
-
-// A frozen weight (rows, columns) in panels, of its columns or of its rows.
-template <class Pack>
-Aligned packed(const Tensor& w, int64_t k, int64_t n, Pack pack, int64_t panels, int64_t floats) {
-  Aligned memory(floats);
-  torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
-    pack(in<float>(w), memory.data, k, n, begin, end);
-  });
-  return memory;
-}
-
-Aligned packed_rows(const Tensor& w) {
-  const int64_t k = w.size(1), n = w.size(0);
-  return packed(w, k, n, DIFFFIT_PICK(pack_rows), DIFFFIT_PICK(panels)(n), DIFFFIT_PICK(panels_size)(n, k));
-}
-
-Aligned packed_columns(const Tensor& w) {
-  const int64_t k = w.size(0), n = w.size(1);
-  return packed(w, k, n, DIFFFIT_PICK(pack_columns), DIFFFIT_PICK(panels)(n), DIFFFIT_PICK(panels_size)(n, k));
-}
 
 std::tuple<Tensor, Tensor> mlp_forward(const Tensor& h, const Tensor& w1, const Tensor& b1, const Tensor& w2) {
   const char* op = "mlp_forward";
-  check(op, "h", h, 2, true);
-  const MlpSizes s(op, w1, w2, h.size(0));
-  check_vector(op, "h", h, {s.M, s.D});
+  check(op, "h", h, 2);
+  const MlpSizes s(op, "h", h, w1, w2);
+  check_shape(op, "h", h, {s.M, s.D});
   const bool each = b1.dim() == 2;
   if (!each) check_vector(op, "b1", b1, {s.F});
   const Chunks chunks = each ? Chunks(b1.size(0), rows_of_each(op, "b1", b1, s.M, s.F), s.F) : Chunks(1, s.M, s.F);
-  Tensor branch = empty(h, {s.M, s.D}), u = empty(h, {s.M, s.F});
-  const Aligned p1 = packed_rows(w1), p2 = packed_rows(w2);
-  const auto kernel = each ? DIFFFIT_PICK(mlp_forward_rows<true>) : DIFFFIT_PICK(mlp_forward_rows<false>);
-  const float *ph = in<float>(h), *pb = in<float>(b1);
-  float *pu = out<float>(u), *pbranch = out<float>(branch);
-  s.for_units(chunks, DIFFFIT_PICK(mlp_room), [&](const Chunk& k, float* memory) {
-    kernel(ph + k.row * s.D, p1.data, pb + k.sample * s.F, p2.data, pu + k.row * s.F, pbranch + k.row * s.D, memory,
-           k.rows, s.D, s.F);
+  Tensor branch = empty(h, {s.M, s.D}, h.scalar_type()), u = empty(h, {s.M, s.F}, h.scalar_type());
+  dispatch_multiplied(h, [&](auto t) {
+    using E = typename decltype(t)::type;
+    const Aligned p1 = packed<E>(w1, true), p2 = packed<E>(w2, true);
+    const auto kernel = each ? DIFFFIT_PICK_FOR(E, mlp_forward_rows<E, true>) : DIFFFIT_PICK_FOR(E, mlp_forward_rows<E, false>);
+    const auto room = DIFFFIT_PICK_FOR(E, mlp_room<E>);
+    const E* ph = in<E>(h);
+    const float* pb = in<float>(b1);
+    E *pu = out<E>(u), *pbranch = out<E>(branch);
+    for_units(chunks, kUnitChunks<E>, [&](int64_t rows) { return room(rows, s.D); }, [&](const Chunk& k, float* memory) {
+      kernel(ph + k.row * s.D, p1.data, pb + k.sample * s.F, p2.data, pu + k.row * s.F, pbranch + k.row * s.D, memory,
+             k.rows, s.D, s.F);
+    });
   });
   return {branch, u};
 }
@@ -171,20 +143,26 @@ std::tuple<Tensor, Tensor> mlp_forward(const Tensor& h, const Tensor& w1, const 
 std::tuple<Tensor, Tensor> mlp_backward(const Tensor& dbranch, const Tensor& w1, const Tensor& w2, const Tensor& u,
                                         bool need_dh, const std::optional<Tensor>& bias) {
   const char* op = "mlp_backward";
-  check(op, "u", u, 2, true);
-  const MlpSizes s(op, w1, w2, u.size(0));
-  check_vector(op, "u", u, {s.M, s.F});
-  check_vector(op, "dbranch", dbranch, {s.M, s.D});
+  check(op, "u", u, 2);
+  const MlpSizes s(op, "u", u, w1, w2);
+  check_shape(op, "u", u, {s.M, s.F});
+  check_shape(op, "dbranch", dbranch, {s.M, s.D});
+  check_same_dtype(op, "dbranch", dbranch, "u", u);
   const Chunks chunks = chunks_by_sample(op, bias, s.M, s.F);
-  Tensor dh = empty(u, {need_dh ? s.M : 0, s.D}), db = sums_by_sample(u, bias, s.F);
-  const Aligned p1 = need_dh ? packed_columns(w1) : Aligned(0), p2 = packed_columns(w2);
+  Tensor dh = empty(u, {need_dh ? s.M : 0, s.D}, u.scalar_type()), db = sums_by_sample(u, bias, s.F);
   const Partials partials(chunks, 1, s.F);
-  const auto kernel = bias ? DIFFFIT_PICK(mlp_backward_rows<true>) : DIFFFIT_PICK(mlp_backward_rows<false>);
-  const float *pd = in<float>(dbranch), *pu = in<float>(u), *pbias = bias ? in<float>(*bias) : nullptr;
-  float* pdh = need_dh ? out<float>(dh) : nullptr;
-  s.for_units(chunks, DIFFFIT_PICK(mlp_room), [&](const Chunk& k, float* memory) {
-    kernel(pd + k.row * s.D, p1.data, p2.data, pu + k.row * s.F, bias ? pbias + k.sample * s.F : nullptr,
-           pdh ? pdh + k.row * s.D : nullptr, partials.of(k), memory, k.rows, s.D, s.F);
+  dispatch_multiplied(u, [&](auto t) {
+    using E = typename decltype(t)::type;
+    const Aligned p1 = need_dh ? packed<E>(w1, false) : Aligned(0), p2 = packed<E>(w2, false);
+    const auto kernel = bias ? DIFFFIT_PICK_FOR(E, mlp_backward_rows<E, true>) : DIFFFIT_PICK_FOR(E, mlp_backward_rows<E, false>);
+    const auto room = DIFFFIT_PICK_FOR(E, mlp_room<E>);
+    const E *pd = in<E>(dbranch), *pu = in<E>(u);
+    const float* pbias = bias ? in<float>(*bias) : nullptr;
+    E* pdh = need_dh ? out<E>(dh) : nullptr;
+    for_units(chunks, kUnitChunks<E>, [&](int64_t rows) { return room(rows, s.D); }, [&](const Chunk& k, float* memory) {
+      kernel(pd + k.row * s.D, p1.data, p2.data, pu + k.row * s.F, bias ? pbias + k.sample * s.F : nullptr,
+             pdh ? pdh + k.row * s.D : nullptr, partials.of(k), memory, k.rows, s.D, s.F);
+    });
   });
   partials.reduce(DIFFFIT_PICK(sum_partials), {db});
   return {dh, db};

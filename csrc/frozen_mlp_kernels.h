@@ -72,22 +72,47 @@ DF_KERNEL void gelu_backward_chunk(const T* dg, const T* u, const float* bias, T
 // A unit is some rows, a piece kDepth of the F hidden channels. Of a piece the first product makes the rows' values, GELU
 // or its slope meets them in the second-level cache, and the second product adds what they give to the rows' result.
 
+// Float32 is read by the second product where it lies; bfloat16 is rounded beside it, and the result added up in float32.
+
 constexpr int64_t kHidden = kDepth + 16;  // the distance of rows of a piece: an odd number of cache lines
 
-inline int64_t mlp_room(int64_t rows) { return rows * kHidden; }
+// Of a unit: a piece as the first product gives it, and what the second takes.
+template <class E>
+struct Piece {
+  float* made;
+  E* taken;
+  float* result;  // for bfloat16 alone
+  static constexpr int64_t kRow = std::is_same_v<E, float> ? kHidden : kDepth + 32;  // of what is taken, in numbers
 
-// u = h·w1ᵀ + b1 and branch = gelu(u)·w2ᵀ of `rows` rows; p1, p2: pack_rows of w1 (F, D) and w2 (D, F). room: rows·kHidden.
+  Piece(float* memory, int64_t rows) : made(memory), taken(reinterpret_cast<E*>(memory)), result(nullptr) {
+    if constexpr (!std::is_same_v<E, float>) {
+      taken = reinterpret_cast<E*>(memory + rows * kHidden);
+      result = memory + rows * (kHidden + kRow / 2);
+    }
+  }
+};
+
+// The floats of memory that a unit wants.
+template <class E>
+inline int64_t mlp_room(int64_t rows, int64_t D) {
+  return rows * (kHidden + (std::is_same_v<E, float> ? 0 : Piece<E>::kRow / 2 + D));
+}
+
+// u = h·w1ᵀ + b1 and branch = gelu(u)·w2ᵀ of `rows` rows; p1, p2: pack_rows of w1 (F, D) and w2 (D, F). memory: mlp_room.
 // kBare: b1 is that of the rows' sample, and what is stored as u is h·w1ᵀ without it.
-template <bool kBare>
-DF_KERNEL void mlp_forward_rows(const float* h, const float* p1, const float* b1, const float* p2, float* u,
-                                float* branch, float* room, int64_t rows, int64_t D, int64_t F) {
+template <class E, bool kBare>
+DF_KERNEL void mlp_forward_rows(const E* h, const float* p1, const float* b1, const float* p2, E* u, E* branch,
+                                float* memory, int64_t rows, int64_t D, int64_t F) {
+  const Piece<E> piece(memory, rows);
+  float* result = result_of(branch, piece.result);
   for (int64_t f = 0; f < F; f += kDepth) {
     const int64_t width = F - f < kDepth ? F - f : kDepth;
-    multiply<float>({h, D, 1}, {p1 + f * D, kPanel, kPanel * D}, room, kHidden, rows, width, D, false);
+    multiply_packed(h, D, panels_from<E>(p1, D, f, 0), D, piece.made, kHidden, rows, width, D, false);
     for (int64_t m = 0; m < rows; ++m) {
-      float *to = u + m * F + f, *g = room + m * kHidden;
+      const float* made = piece.made + m * kHidden;
+      E *to = u + m * F + f, *g = piece.taken + m * piece.kRow;
       for (int64_t i = 0; i < width; i += W) {
-        const vf v = load(g + i, Full{}), b = load(b1 + f + i, Full{});
+        const vf v = load(made + i, Full{}), b = load(b1 + f + i, Full{});
         if constexpr (kBare) {
           store(g + i, gelu(store(to + i, v, Full{}) + b), Full{});
         } else {
@@ -95,46 +120,54 @@ DF_KERNEL void mlp_forward_rows(const float* h, const float* p1, const float* b1
         }
       }
     }
-    multiply<float>({room, kHidden, 1}, {p2 + f * kPanel, kPanel, kPanel * F}, branch, D, rows, D, width, f > 0);
+    multiply_packed(piece.taken, piece.kRow, panels_from<E>(p2, F, 0, f), F, result, D, rows, D, width, f > 0);
   }
+  round_result(result, branch, rows * D);
 }
 
-// R rows of du = dg·gelu'(u), in place, added to db; of dg·gelu'(u + bias) where kBare is set.
-template <int R, bool kBare>
-DF_INLINE void mlp_slopes(float* dg, const float* u, const float* bias, int64_t F, float* db, int64_t width) {
+// R rows of du = dg·gelu'(u), or dg·gelu'(u + bias) where kBare is set, added to db before they are rounded.
+template <int R, bool kBare, class E>
+DF_INLINE void mlp_slopes(const float* dg, const E* u, const float* bias, int64_t F, E* du, float* db, int64_t width) {
   for (int64_t i = 0; i < width; i += W) {
     vf sum = load(db + i, Full{});
     for (int r = 0; r < R; ++r) {
-      float* p = dg + r * kHidden + i;
       vf v = load(u + r * F + i, Full{});
       if constexpr (kBare) v += load(bias + i, Full{});
-      sum += store(p, load(p, Full{}) * gelu_slope(v), Full{});
+      const vf d = load(dg + r * kHidden + i, Full{}) * gelu_slope(v);
+      store(du + r * Piece<E>::kRow + i, d, Full{});
+      sum += d;
     }
     store(db + i, sum, Full{});
   }
 }
 
 // du = (dbranch·w2)·gelu'(u), dh = du·w1 of `rows` rows, and db, the sums of du over every kChunkRows of them, (.., F).
-// p1, p2: pack_columns of w1 and w2; dh: null where nobody asks for it. room: rows·kHidden. kBare: u is without `bias`, that
-// of the rows' sample.
-template <bool kBare>
-DF_KERNEL void mlp_backward_rows(const float* dbranch, const float* p1, const float* p2, const float* u,
-                                 const float* bias, float* dh, float* db, float* room, int64_t rows, int64_t D,
-                                 int64_t F) {
+// p1, p2: pack_columns of w1 and w2; dh: null where nobody asks for it. memory: mlp_room. kBare: u is without `bias`, that of
+// the rows' sample.
+template <class E, bool kBare>
+DF_KERNEL void mlp_backward_rows(const E* dbranch, const float* p1, const float* p2, const E* u, const float* bias, E* dh,
+                                 float* db, float* memory, int64_t rows, int64_t D, int64_t F) {
+  const Piece<E> piece(memory, rows);
+  float* result = result_of(dh, piece.result);
   for (int64_t f = 0; f < F; f += kDepth) {
     const int64_t width = F - f < kDepth ? F - f : kDepth;
-    multiply<float>({dbranch, D, 1}, {p2 + f * D, kPanel, kPanel * D}, room, kHidden, rows, width, D, false);
+    multiply_packed(dbranch, D, panels_from<E>(p2, D, f, 0), D, piece.made, kHidden, rows, width, D, false);
     for (int64_t first = 0; first < rows; first += kChunkRows) {
       float* sums = db + first / kChunkRows * F + f;
       const float* mine = kBare ? bias + f : nullptr;
       std::memset(sums, 0, width * sizeof(float));
       const int64_t end = rows < first + kChunkRows ? rows : first + kChunkRows;
       int64_t m = first;
-      for (; m + 2 <= end; m += 2) mlp_slopes<2, kBare>(room + m * kHidden, u + m * F + f, mine, F, sums, width);
-      for (; m < end; ++m) mlp_slopes<1, kBare>(room + m * kHidden, u + m * F + f, mine, F, sums, width);
+      for (; m + 2 <= end; m += 2) {
+        mlp_slopes<2, kBare>(piece.made + m * kHidden, u + m * F + f, mine, F, piece.taken + m * piece.kRow, sums, width);
+      }
+      for (; m < end; ++m) {
+        mlp_slopes<1, kBare>(piece.made + m * kHidden, u + m * F + f, mine, F, piece.taken + m * piece.kRow, sums, width);
+      }
     }
-    if (dh) multiply<float>({room, kHidden, 1}, {p1 + f * kPanel, kPanel, kPanel * F}, dh, D, rows, D, width, f > 0);
+    if (dh) multiply_packed(piece.taken, piece.kRow, panels_from<E>(p1, F, 0, f), F, result, D, rows, D, width, f > 0);
   }
+  if (dh) round_result(result, dh, rows * D);
 }
 
 }  // namespace difffit::DF_ISA

@@ -176,4 +176,125 @@ DF_KERNEL void pack_rows(const float* x, float* to, int64_t k, int64_t n, int64_
   pack_transposed(x + begin * k, k, nullptr, to + begin * k, end - begin, k);
 }
 
+#ifdef DF_DOTS
+// The same for pairs of bfloat16. Where k runs along the rows of a matrix, two neighbours are a pair as they lie. Where it
+// runs down the columns, two rows are folded into one.
+inline int64_t pairs(int64_t n) { return (n + 1) / 2; }
+
+// Rows 2j and 2j + 1 of x, bfloat16, as row j of pairs, up to the end of a vector; zero behind the last row. ld: pairs.
+DF_KERNEL void fold_rows(const Pair* x, int64_t ld, Pair* to, int64_t to_ld, int64_t rows, int64_t d) {
+  for (int64_t t = 0; t < rows; t += 2) {
+    const bf16 *low = reinterpret_cast<const bf16*>(x + t * ld), *high = reinterpret_cast<const bf16*>(x + (t + 1) * ld);
+    Pair* row = to + t / 2 * to_ld;
+    for (int64_t c = 0; c < d; c += W) {
+      const vu first = (vu)load(low + c, Full{}) >> 16;
+      store(row + c, t + 1 < rows ? first | (vu)load(high + c, Full{}) : first);
+    }
+  }
+}
+
+// Sixteen rows of sixteen, transposed: in four steps, in which halves, quarters, ... of two rows change places.
+template <int S>
+DF_INLINE void exchange(vu* row) {
+  alignas(64) uint32_t low[16], high[16];
+  for (uint32_t j = 0; j < 16; ++j) {
+    low[j] = j & S ? 16 + j - S : j;
+    high[j] = j & S ? 16 + j : j + S;
+  }
+  const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
+  for (int i = 0; i < 16; ++i) {
+    if (i & S) continue;
+    const __m512i a = (__m512i)row[i], b = (__m512i)row[i + S];
+    row[i] = (vu)_mm512_permutex2var_epi32(a, first, b);
+    row[i + S] = (vu)_mm512_permutex2var_epi32(a, second, b);
+  }
+}
+
+// The transpose of the pairs of `rows` rows, as panels (Right{panels, kPanel, kPanel·d2}); zero behind the last row.
+DF_KERNEL void transpose_pairs(const Pair* x, int64_t ld, Pair* panels, int64_t rows, int64_t d2) {
+  for (int64_t first = 0; first < rows; first += kPanel, panels += kPanel * d2) {
+    const int64_t n = rows - first < kPanel ? rows - first : kPanel;
+    for (int64_t c = 0; c < d2; c += W) {
+      const int64_t width = d2 - c < W ? d2 - c : W;
+      for (int64_t j = 0; j < kPanel; j += W) {
+        const Pair* from = x + (first + j) * ld + c;
+        Pair* to = panels + c * kPanel + j;
+        if (width == W && j + W <= n) {
+          vu row[W];
+          for (int i = 0; i < W; ++i) row[i] = load(from + i * ld, Full{});
+          exchange<1>(row), exchange<2>(row), exchange<4>(row), exchange<8>(row);
+          for (int i = 0; i < W; ++i) store(to + i * kPanel, row[i]);
+        } else {
+          for (int64_t k = 0; k < width; ++k) {
+            for (int64_t i = 0; i < W; ++i) to[k * kPanel + i] = j + i < n ? from[i * ld + k] : Pair{0};
+          }
+        }
+      }
+    }
+  }
+}
+
+DF_KERNEL void pack_columns(const bf16* x, float* to, int64_t k, int64_t n, int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; ++p) {
+    Pair* panel = reinterpret_cast<Pair*>(to) + p * kPanel * (k / 2);
+    const int64_t width = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
+    for (int64_t i = 0; i < k; i += 2, panel += kPanel) {
+      const bf16 *low = x + i * n + p * kPanel, *high = low + n;
+      for (int64_t j = 0; j < width; j += W) store(panel + j, (vu)load(low + j, Full{}) >> 16 | (vu)load(high + j, Full{}));
+      for (int64_t j = width; j < kPanel; j += W) store(panel + j, vu{});
+    }
+  }
+}
+
+DF_KERNEL void pack_rows(const bf16* x, float* to, int64_t k, int64_t n, int64_t first, int64_t last) {
+  const int64_t begin = first * kPanel, end = last * kPanel < n ? last * kPanel : n;
+  transpose_pairs(reinterpret_cast<const Pair*>(x) + begin * (k / 2), k / 2,
+                  reinterpret_cast<Pair*>(to) + begin * (k / 2), end - begin, k / 2);
+}
+#endif
+
+// -- with packed weights ---------------------------------------------------------------------------------------------
+// The element that a product of E takes: a float, or a pair of bfloat16.
+template <class E>
+struct Step {
+  using type = E;
+  static constexpr int64_t kNumbers = 1;
+};
+
+#ifdef DF_DOTS
+template <>
+struct Step<bf16> {
+  using type = Pair;
+  static constexpr int64_t kNumbers = 2;
+};
+#endif
+
+// C (m, n) (+)= A (m, k)·B, where A's rows are `ld` numbers apart and B is some steps of panels that are `depth` numbers
+// deep, by pack_rows or pack_columns.
+template <class E>
+DF_INLINE void multiply_packed(const E* a, int64_t ld, const float* panels, int64_t depth, float* c, int64_t c_row,
+                               int64_t m, int64_t n, int64_t k, bool add) {
+  using S = typename Step<E>::type;
+  constexpr int64_t numbers = Step<E>::kNumbers;
+  multiply<S>({reinterpret_cast<const S*>(a), ld / numbers, 1},
+              {reinterpret_cast<const S*>(panels), kPanel, kPanel * (depth / numbers)}, c, c_row, m, n, k / numbers, add);
+}
+
+// Where such panels begin at column n (a multiple of kPanel) or at step k.
+template <class E>
+inline const float* panels_from(const float* panels, int64_t depth, int64_t n, int64_t k) {
+  return panels + (n * depth + k * kPanel) / Step<E>::kNumbers;
+}
+
+// Where a product of E with `width` columns puts its result: into `to` itself if that is float32, else into `memory`, from
+// where round_result brings it there.
+inline float* result_of(float* to, float*) { return to; }
+inline void round_result(const float*, float*, int64_t) {}
+#ifdef DF_DOTS
+inline float* result_of(bf16*, float* memory) { return memory; }
+DF_KERNEL void round_result(const float* x, bf16* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) store(to + i, load(x + i, Full{}), Full{});
+}
+#endif
+
 }  // namespace difffit::DF_ISA

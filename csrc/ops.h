@@ -134,6 +134,7 @@ class Chunks {
 
   int64_t count() const { return samples_ * per_sample_; }
   int64_t samples() const { return samples_; }
+  int64_t rows() const { return rows_; }  // of each sample
   int64_t per_sample() const { return per_sample_; }
   int64_t width() const { return width_; }
 
@@ -160,6 +161,7 @@ class Partials {
       : chunks_(chunks), sums_(sums), width_(width), data_(new float[chunks.count() * sums * width]) {}
 
   float* of(const Chunk& chunk) const { return data_.get() + chunk.index * sums_ * width_; }
+  float* data() const { return data_.get(); }
 
   // Adds the chunks of each sample, in their order, into one (samples, width) tensor for each sum.
   using Sum = void (*)(const float*, int64_t, int64_t, float*, int64_t);
@@ -176,11 +178,20 @@ class Partials {
     reduce(sum, targets);
   }
 
+  // Of one sum: the chunks of all samples into one vector (width).
+  void reduce_all(Sum sum, const Tensor& total) const {
+    reduce(sum, {out<float>(total)}, 1, chunks_.count());
+  }
+
  private:
   void reduce(Sum sum, const std::vector<float*>& targets) const {
+    reduce(sum, targets, chunks_.samples(), chunks_.per_sample());
+  }
+
+  void reduce(Sum sum, const std::vector<float*>& targets, int64_t samples, int64_t per_sample) const {
     constexpr int64_t block = 512;
-    const int64_t blocks = (width_ + block - 1) / block, per_sample = chunks_.per_sample();
-    const int64_t items = chunks_.samples() * sums_ * blocks;
+    const int64_t blocks = (width_ + block - 1) / block;
+    const int64_t items = samples * sums_ * blocks;
     const int64_t grain = std::max<int64_t>(1, kGrain / (block * std::max<int64_t>(1, per_sample)));
     torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -198,6 +198,12 @@ def cpu_is_amd() -> bool:
     return module is not None and module.cpu_is_amd()
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether the C++ kernels multiply bfloat16 as it is on this processor."""
+    module, _ = _library()
+    return module is not None and module.cpu_capability() == "AVX512_BF16"
+
+
 # -- telling ---------------------------------------------------------------------------------------------------------
 def build_info() -> dict[str, Any]:
     """What was built, against what, and what runs now. Does not warn.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from . import attention, frozen_mlp
 from ._register import check_frozen, register, wide
-from .dispatch import one_stage, pick
-from .eight_bit import Rows, takes_rows
+from .dispatch import cpp_ops, one_stage, pick
+from .eight_bit import Rows, eight_bit_of, takes_rows
 from .gemm import check_operands, dgrad, linear
 from .residual import (
     residual_adaln_backward,
@@ -80,6 +80,10 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     _check(x, h, qkv, proj, fc1, fc2, vectors, bias1, joint1, joint2)
     shape, d = h.shape, h.shape[-1]
+    if _in_pieces(h, (qkv, proj, fc1, fc2)):
+        rest = (_wide(x, vectors), _wide(x, bias1), _wide(x, joint1), _wide(x, joint2), num_heads, eps)
+        weights = (w.contiguous() for w in (qkv, proj, fc1, fc2))
+        return cpp_ops().block_forward(x.contiguous(), h.contiguous(), *weights, *rest)
 
     z = linear(h.reshape(-1, d), qkv).view(*shape[:-1], 3 * d)
     o, lse = attention.forward(z, _wide(x, vectors), num_heads, backend)
@@ -90,6 +94,12 @@ def _forward(
     branch2 = branch2.view(shape)
     y2, h, mean2, rstd2 = _join(y1, branch2, joint2, eps)
     return y2, h, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2
+
+
+def _in_pieces(h: Tensor, weights: tuple[Tensor, ...]) -> bool:
+    """Whether one C++ operation does all of it, with products of its own: see :func:`.frozen_mlp.in_pieces`."""
+    h = h.view(-1, h.shape[-1]) if h.is_contiguous() else h.reshape(-1, h.shape[-1])
+    return all(eight_bit_of(w) is None for w in weights) and frozen_mlp.in_pieces(h, weights[2])
 
 
 def _join(
@@ -149,6 +159,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
+    if dh is not None and _in_pieces(dh, (qkv, proj, fc1, fc2)):
+        weights = (w.contiguous() for w in (qkv, proj, fc1, fc2))
+        rest = (num_heads, need_dh, None if bias1 is None else _wide(y1, bias1))
+        saved = (z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2)
+        dx, dh, *vectors = cpp_ops().block_backward(
+            None if dy is None else dy.contiguous(), dh.contiguous(), *weights, _wide(y1, vectors), joint1, joint2, *saved, *rest
+        )
+        return dx, dh if need_dh else z.new_empty(0), *vectors
     with one_stage(y1):
         dy = None if dy is None else dy.contiguous()
         if dh is None:  # the end of a model that nothing but the stream is asked of

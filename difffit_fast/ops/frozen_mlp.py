@@ -100,7 +100,7 @@ def in_pieces(h: Tensor, w1: Tensor) -> bool:
         eight_bit_of(w1) is not None
         or asked == "products"
         or h.device.type != "cpu"
-        or h.dtype != torch.float32
+        or not (h.dtype == torch.float32 or (h.dtype == torch.bfloat16 and _ext.cpu_multiplies_bf16()))
         or 0 in w1.shape
     ):
         return False
