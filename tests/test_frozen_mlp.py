@@ -61,12 +61,12 @@ def test_with_a_bias_each_the_bare_product_is_kept() -> None:
     assert [tuple(t.shape) for t in kept] == [(10, 288)]
 
 
-@pytest.mark.parametrize("way", ["products", "pieces"])
+@pytest.mark.parametrize("way", ["library", "pieces"])
 @pytest.mark.parametrize("kernels", rooms())
 def test_samples_with_biases_of_their_own_are_calls_of_their_own(
     kernels: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DIFFFIT_FAST_MLP", way)
+    monkeypatch.setenv("DIFFFIT_FAST_PRODUCTS", way)
     h, w1, b1, w2 = mlp_inputs((3, 37, 48, 272), F32, F32, each=True)
     upstream = torch.randn(3, 37, 48)
 

@@ -7,6 +7,9 @@ It computes what :mod:`.frozen_linear`, :mod:`.attention`, :mod:`.frozen_mlp` an
 by the same kernels in the same order. As one operation it costs the host one call instead of six each way, and all sums of
 its backward (of both joins, of fc1's bias, of what acts on qkv) share one second stage. Saved: what the six would save.
 
+On the CPU, where the products are ours (:mod:`.pieces`), all of it is one C++ operation: from the attention's output to the
+next block's input, and back, each thread takes some rows through everything in its cache.
+
 What only a product reads (h of the first join, GELU's output, dbranch of both joins, du) leaves the kernel that makes it in eight
 bits where the weight is kept so (:func:`.eight_bit.takes_rows`).
 """
@@ -21,8 +24,9 @@ from torch import Tensor
 from . import attention, frozen_mlp
 from ._register import check_frozen, register, wide
 from .dispatch import cpp_ops, one_stage, pick
-from .eight_bit import Rows, eight_bit_of, takes_rows
+from .eight_bit import Rows, takes_rows
 from .gemm import check_operands, dgrad, linear
+from .pieces import in_pieces
 from .residual import (
     residual_adaln_backward,
     residual_adaln_forward,
@@ -80,7 +84,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     _check(x, h, qkv, proj, fc1, fc2, vectors, bias1, joint1, joint2)
     shape, d = h.shape, h.shape[-1]
-    if _in_pieces(h, (qkv, proj, fc1, fc2)):
+    if in_pieces(h, fc1, qkv, proj, fc2):
         rest = (_wide(x, vectors), _wide(x, bias1), _wide(x, joint1), _wide(x, joint2), num_heads, eps)
         weights = (w.contiguous() for w in (qkv, proj, fc1, fc2))
         return cpp_ops().block_forward(x.contiguous(), h.contiguous(), *weights, *rest)
@@ -94,12 +98,6 @@ def _forward(
     branch2 = branch2.view(shape)
     y2, h, mean2, rstd2 = _join(y1, branch2, joint2, eps)
     return y2, h, z, o, lse, branch1, y1, mean1, rstd1, u, branch2, mean2, rstd2
-
-
-def _in_pieces(h: Tensor, weights: tuple[Tensor, ...]) -> bool:
-    """Whether one C++ operation does all of it, with products of its own: see :func:`.frozen_mlp.in_pieces`."""
-    h = h.view(-1, h.shape[-1]) if h.is_contiguous() else h.reshape(-1, h.shape[-1])
-    return all(eight_bit_of(w) is None for w in weights) and frozen_mlp.in_pieces(h, weights[2])
 
 
 def _join(
@@ -159,12 +157,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
-    if dh is not None and _in_pieces(dh, (qkv, proj, fc1, fc2)):
+    if dh is not None and in_pieces(dh, fc1, qkv, proj, fc2):
         weights = (w.contiguous() for w in (qkv, proj, fc1, fc2))
         rest = (num_heads, need_dh, None if bias1 is None else _wide(y1, bias1))
         saved = (z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2)
         dx, dh, *vectors = cpp_ops().block_backward(
-            None if dy is None else dy.contiguous(), dh.contiguous(), *weights, _wide(y1, vectors), joint1, joint2, *saved, *rest
+            None if dy is None else dy.contiguous(),
+            dh.contiguous(),
+            *weights,
+            _wide(y1, vectors),
+            joint1,
+            joint2,
+            *saved,
+            *rest,
         )
         return dx, dh if need_dh else z.new_empty(0), *vectors
     with one_stage(y1):

@@ -11,7 +11,6 @@ The second bias is not here: it enters with the residual (see :mod:`.residual`).
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -19,13 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _ext
-from ..errors import DiffFitError
 from ._register import check_frozen, register, rows, wide
 from .dispatch import cpp_ops, pick
-from .eight_bit import Rows, eight_bit_of, quantize_fp8, takes_rows
+from .eight_bit import Rows, quantize_fp8, takes_rows
 from .gemm import check_operands, dgrad, linear
 from .linear_gelu import dgelu_dgrad, linear_gelu
-from .weights import has_layout
+from .pieces import in_pieces
 
 _K = math.sqrt(2 / math.pi)
 
@@ -88,44 +86,10 @@ def _check(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
     check_bias("frozen_mlp", h, w1, b1)
 
 
-def in_pieces(h: Tensor, w1: Tensor) -> bool:
-    """Whether the C++ kernels make both products of a matrix ``h`` (M, D), piece by piece, with GELU in between in the cache.
-
-    ``DIFFFIT_FAST_MLP`` says so: ``pieces`` wherever they can (float32 on the CPU, sizes that whole vectors divide),
-    ``products`` nowhere, ``auto`` where they were measured to be faster than PyTorch's own products: on processors of AMD.
-    By the machine, not by the clock: a run that goes on on the same machine computes the same bits.
-    """
-    asked = _asked()
-    if (
-        eight_bit_of(w1) is not None
-        or asked == "products"
-        or h.device.type != "cpu"
-        or not (h.dtype == torch.float32 or (h.dtype == torch.bfloat16 and _ext.cpu_multiplies_bf16()))
-        or 0 in w1.shape
-    ):
-        return False
-    if w1.shape[0] % _GRANULE or w1.shape[1] % _GRANULE or pick("frozen_mlp", gelu_forward, h) is gelu_forward:
-        return False
-    if asked == "pieces":
-        return True
-    # Few rows are not worth packing the weights for, and weights whose layout is kept need no packing.
-    return h.shape[0] >= _FEW_ROWS and _ext.cpu_is_amd() and not has_layout(w1)
-
-
-_GRANULE, _FEW_ROWS = 16, 256
-
-
-def _asked() -> str:
-    asked = os.environ.get("DIFFFIT_FAST_MLP", "auto") or "auto"
-    if asked not in ("auto", "pieces", "products"):
-        raise DiffFitError(f"DIFFFIT_FAST_MLP must be auto, pieces or products; got {asked!r}")
-    return asked
-
-
 def forward(h: Tensor | Rows, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """branch (M, D) and u (M, F) of a matrix h (M, D): u = h·w1ᵀ + b1 with b1 (F,), u = h·w1ᵀ where each sample has its own b1
     (B, F), of M / B rows."""
-    if isinstance(h, Tensor) and eight_bit_of(w2) is None and in_pieces(h, w1):
+    if isinstance(h, Tensor) and in_pieces(h, w1, w2):
         return cpp_ops().mlp_forward(h.contiguous(), w1.contiguous(), b1.float().contiguous(), w2.contiguous())
     each, fp8 = b1.dim() == 2, takes_rows(w2, h, False)
     if isinstance(h, Tensor) and h.device.type == "cuda" and not (each or fp8):
@@ -151,7 +115,7 @@ def backward(
     """
     bias = None if bias is None else _wide(u, bias)
     own = () if bias is None else (bias,)
-    if isinstance(dbranch, Tensor) and eight_bit_of(w2) is None and in_pieces(dbranch, w1):
+    if isinstance(dbranch, Tensor) and in_pieces(dbranch, w1, w2):
         dh, db1 = cpp_ops().mlp_backward(dbranch.contiguous(), w1.contiguous(), w2.contiguous(), u, need_dh, bias)
         return (dh if need_dh else dbranch.new_empty(0)), db1
     if need_dh and takes_rows(w1, u, True):
@@ -227,7 +191,6 @@ _frozen_mlp = register(
     backward=_autograd,
 )
 _ext.register_operation("frozen_mlp")
-_ext.register_choice("frozen_mlp", lambda: {"DIFFFIT_FAST_MLP": _asked(), "processor of AMD": _ext.cpu_is_amd()})
 
 
 def frozen_mlp(h: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
