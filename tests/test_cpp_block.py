@@ -92,7 +92,7 @@ def test_numbers(size: tuple[int, ...], each: bool, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("dy", "need_dh"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("dy", "need_dh"), list(itertools.product([False, True], repeat=2)))
 def test_gradients_that_are_not_there(dy: bool, need_dh: bool, dtype: torch.dtype) -> None:
     check(inputs(2, 37, 48, 144, 3, dtype, each=dy), dtype, dy=dy, need_dh=need_dh)
 

@@ -15,7 +15,7 @@ from difffit_fast import DiffFitError
 from difffit_fast._devices import cpu_has_fast
 from difffit_fast.ops import gemm, weights
 from difffit_fast.ops.frozen_linear import frozen_linear
-from difffit_fast.ops.pieces import possible
+from difffit_fast.ops.pieces import possible, usual
 from difffit_fast.ops.weights import has_layout, keep_layout, lay_together, layout_of, layout_wanted, together
 
 F32 = torch.float32
@@ -168,12 +168,13 @@ def test_which_layouts_are_kept(monkeypatch) -> None:
     assert not layout_wanted(tall)
     monkeypatch.setenv("DIFFFIT_FAST_PACK", "auto")
     assert not layout_wanted(tall)
-    monkeypatch.setenv("DIFFFIT_FAST_PRODUCTS", "library")
     assert layout_wanted(tall.bfloat16()) == (wanted and cpu_has_fast(torch.bfloat16))
+    for products in ("pieces", "library"):
+        monkeypatch.setenv("DIFFFIT_FAST_PRODUCTS", products)
+        assert usual(tall) == (products == "pieces" and possible(tall))
     monkeypatch.setenv("DIFFFIT_FAST_PRODUCTS", "pieces")
-    assert layout_wanted(tall.bfloat16()) == (wanted and cpu_has_fast(torch.bfloat16) and not possible(tall.bfloat16()))
     monkeypatch.setenv("DIFFFIT_FAST_PACK", "1")
-    assert layout_wanted(tall.bfloat16()) == (wanted and cpu_has_fast(torch.bfloat16))
+    assert not usual(tall) and not usual(tall.bfloat16())
     monkeypatch.setenv("DIFFFIT_FAST_PACK", "yes")
     with pytest.raises(DiffFitError, match="DIFFFIT_FAST_PACK must be auto, 0 or 1"):
         layout_wanted(tall)

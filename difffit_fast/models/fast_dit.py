@@ -32,6 +32,7 @@ from ..ops.attention import BACKENDS
 from ..ops.block import block as run_block
 from ..ops.eight_bit import eight_bit_of
 from ..ops.frozen_linear import frozen_linear
+from ..ops.pieces import usual
 from ..ops.weights import keep_layout, lay_together
 from . import frozen_dtype as frozen_dtypes
 from .adapt import TABLE
@@ -113,7 +114,7 @@ class FastDiffFitDiT(PlainDiffFitDiT):
             lay_together(proj_weights(self))
             self._eight_bit_problem = frozen_dtypes.arrange(self)
             weights = [w for b in self.blocks for w in (b.attn.qkv.weight, b.attn.proj.weight, b.mlp.fc1.weight)]
-            keep_layout(w for w in weights if eight_bit_of(w) is None)
+            keep_layout(w for w in weights if eight_bit_of(w) is None and not usual(w))
 
     def set_frozen_dtype(self, frozen_dtype: str, keep: Sequence[str] = DEFAULT_KEEP) -> None:
         """Multiply by the frozen weights in another dtype from now on; arguments as ``frozen_dtype`` and ``frozen_keep``.

@@ -18,7 +18,7 @@ from .. import _ext
 from ..errors import DiffFitError
 from .dispatch import cpp_ops, room
 from .eight_bit import eight_bit_of
-from .weights import has_layout
+from .weights import has_layout, layouts_asked
 
 _GRANULE, _FEW_ROWS = 16, 256
 
@@ -54,8 +54,9 @@ def in_pieces(h: Tensor, *weights: Tensor) -> bool:
 
 
 def usual(weight: Tensor) -> bool:
-    """Whether products with a frozen weight of this kind are ours, unless there are few rows: nothing need be kept for them."""
-    return asked() != "library" and possible(weight) and (asked() == "pieces" or _ext.cpu_is_amd())
+    """Whether products with a frozen weight of this kind are ours but for few rows, so that no other layout need be kept."""
+    ours = asked() == "pieces" or (asked() == "auto" and _ext.cpu_is_amd())
+    return ours and layouts_asked() != "1" and possible(weight)
 
 
 def _choice() -> dict[str, Any]:

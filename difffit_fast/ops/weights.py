@@ -118,26 +118,27 @@ class _Layout:
 _LAYOUTS: weakref.WeakKeyDictionary[torch.UntypedStorage, _Layout] = weakref.WeakKeyDictionary()
 
 
+def layouts_asked() -> str:
+    """What ``DIFFFIT_FAST_PACK`` says: ``auto``, ``0`` or ``1``."""
+    asked = os.environ.get("DIFFFIT_FAST_PACK", "auto")
+    if asked not in ("auto", "0", "1"):
+        raise DiffFitError(f"DIFFFIT_FAST_PACK must be auto, 0 or 1; got {asked!r}")
+    return asked
+
+
 def layout_wanted(weight: Tensor) -> bool:
     """Whether :func:`keep_layout` should keep a second copy of this weight, in oneDNN's layout.
 
     Plain products lay the weight out again at every call; a frozen one needs that once, and a look at it costs a fraction.
     The copy is small in half precision; ``DIFFFIT_FAST_PACK=1`` asks for it in float32, too, and 0 forbids it. Only
-    weights with at least as many rows as columns: for the others the plain product is as fast. None, unless it is asked for,
-    where products are ours (:mod:`.pieces`).
+    weights with at least as many rows as columns: for the others the plain product is as fast.
     """
-    from .pieces import usual  # which asks here what is kept
-
-    asked = os.environ.get("DIFFFIT_FAST_PACK", "auto")
-    if asked not in ("auto", "0", "1"):
-        raise DiffFitError(f"DIFFFIT_FAST_PACK must be auto, 0 or 1; got {asked!r}")
+    asked = layouts_asked()
     if asked == "0" or type(weight) not in PLAIN or weight.device.type != "cpu" or weight.shape[0] < weight.shape[1]:
         return False
     if not torch.backends.mkldnn.is_available() or not cpu_has_fast(weight.dtype):
         return False
-    if asked == "1":
-        return weight.dtype in (torch.float32, torch.bfloat16)
-    return weight.dtype == torch.bfloat16 and not usual(weight)
+    return weight.dtype == torch.bfloat16 or (asked == "1" and weight.dtype == torch.float32)
 
 
 def keep_layout(weights: Iterable[Tensor]) -> None:
