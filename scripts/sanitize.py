@@ -21,7 +21,7 @@ TESTS = (
     "ops",
     "kernels",
     "cpp_kernels",
-    "cpp_attention",
+    "cpp_attention", "cpp_block",
     "residual",
     "frozen_mlp",
     "colsum",
