@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulation_backward(
   Tensor dm = empty(m, {s.B, s.R, D}, m.scalar_type()), dbias = empty(m, {s.R, D}), dbeta = empty(m, {s.J, D});
   Tensor dnorm = norm ? empty(m, {s.J + 1, 2, D}) : empty(m, {0}), dgamma = gamma ? empty(m, {s.J, D}) : empty(m, {0});
   for (const Tensor& sum : {dbias, dnorm, dgamma, dbeta}) {
-    std::memset(out<float>(sum), 0, sum.numel() * sizeof(float));
+    std::fill_n(out<float>(sum), sum.numel(), 0.0f);  // of none there is no pointer
   }
   dispatch(m.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
