@@ -85,6 +85,9 @@ def rows_of(model: torch.nn.Module) -> list[float]:
         (["crane", "dog", "crane"], ["crane", "dog", "crane"], (0, 1, 2)),
         (["_", "a"], ["-", "a"], (None, 1)),
         (["straße"], ["STRASSE"], (0,)),
+        (["A", "a", "B"], ["lower_a", "upper_A", "upper_B"], (1, 0, 2)),  # letters by the names of their folders
+        (["upper_A", "lower_a"], ["a", "A"], (1, 0)),
+        (["A", "a"], ["a", "lower_a"], (1, None)),
         ([], ["a"], (None,)),
     ],
 )
@@ -299,6 +302,13 @@ NUMBERS = ["1", "2", "3"]
         ([NFD], ["crème brûlée"], [0]),
         (["name:#1", "#0"], ["#1", "x"], [0, 0]),
         ([np.int64(1), "1"], None, [1, 1]),
+        (
+            ["lower_a", "upper_A", "name:lower_a", "a"],
+            ["A", "a", "b"],
+            [1, 0, 1, 1],
+        ),  # letters by the names of their folders
+        (["a", "lower_a"], ["upper_A", "lower_a"], [1, 1]),
+        (["lower_a", "a"], ["a", "lower_a"], [1, 0]),
     ],
 )
 def test_labels_that_mean_one_class(labels: list, names: list[str] | None, numbers: list[int]) -> None:
@@ -315,6 +325,7 @@ def test_labels_that_mean_one_class(labels: list, names: list[str] | None, numbe
         ("name:y", ["name:y", "y"], "can mean #0 .* or #1"),
         ("#3", None, r"in 0\.\.2; got 3"),
         ("name:z", NUMBERS, "there is no class 'name:z'"),
+        ("lower_A", ["A", "a"], "there is no class 'lower_A'"),
         ("1_0", None, "carries no class names"),
         (2.7, None, "must be a whole number or a name; got 2.7"),
         (True, None, "got True"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import DiffFitError
+from ..models.classes import class_of
 
 # What systems and programs leave in folders, in lower case; names that begin with a dot are hidden in any case.
 SYSTEM_NAMES = frozenset({
@@ -49,21 +50,6 @@ def class_order(names: Iterable[str]) -> list[str]:
     if all(name.isascii() and name.isdecimal() for name in names):
         names.sort(key=int)
     return names
-
-
-def class_of(folder: str) -> str:
-    """The class whose images a folder of this name holds: the name itself, but A for ``upper_A`` and a for ``lower_a``.
-
-    Folders whose names differ in nothing but case are one folder on many file systems, so single letters have a second way
-    to be written.
-
-    >>> class_of("upper_A"), class_of("lower_a"), class_of("upper_arm")
-    ('A', 'a', 'upper_arm')
-    """
-    case, _, letter = folder.partition("_")
-    if len(letter) == 1 and ((case == "upper" and letter.isupper()) or (case == "lower" and letter.islower())):
-        return letter
-    return folder
 
 
 @dataclass

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from .._files import json_text, read_json, write_json, write_safetensors
 from ..errors import DiffFitError
+from ..models.classes import class_of
 from .base import BadImage
-from .listing import class_of
 
 FORMAT = "difffit_fast.features"
 VERSION = 2

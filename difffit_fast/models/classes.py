@@ -99,15 +99,15 @@ def choose_rows(
 
 
 def match_names(base: Sequence[str], names: Sequence[str]) -> tuple[int | None, ...]:
-    """The base's row for each name, None where it has none: by the names as they are, then as :func:`plain` has them, then
-    without the number that they begin with (``001.Albatross``).
+    """The base's row for each name, None where it has none: by the names as they are, then as folders (:func:`class_of`), then
+    as :func:`plain` has them, then without the number that they begin with (``001.Albatross``).
 
     A name that occurs twice in one of the lists, as they are compared, says nothing; no row is taken twice.
     """
     if list(base) == list(names):
         return tuple(range(len(names)))
     rows: list[int | None] = [None] * len(names)
-    for form in (_as_they_are, _plain, _without_numbers):
+    for form in (_as_they_are, _as_folders, _plain, _without_numbers):
         theirs, ours = form(base), form(names)
         known = {name: row for row, name in enumerate(theirs) if name}
         often = {name for part in (theirs, ours) for name, times in Counter(part).items() if times > 1}
@@ -117,6 +117,21 @@ def match_names(base: Sequence[str], names: Sequence[str]) -> tuple[int | None, 
             if rows[i] is None and name not in often and row not in taken:
                 rows[i] = row
     return tuple(rows)
+
+
+def class_of(folder: str) -> str:
+    """The class whose images a folder of this name holds: the name itself, but A for ``upper_A`` and a for ``lower_a``.
+
+    Folders whose names differ in nothing but case are one folder on many file systems, so single letters have a second way
+    to be written.
+
+    >>> class_of("upper_A"), class_of("lower_a"), class_of("upper_arm")
+    ('A', 'a', 'upper_arm')
+    """
+    case, _, letter = folder.partition("_")
+    if len(letter) == 1 and ((case == "upper" and letter.isupper()) or (case == "lower" and letter.islower())):
+        return letter
+    return folder
 
 
 def composed(name: str) -> str:
@@ -148,6 +163,10 @@ def closest_row(base: Sequence[str], name: str) -> int | None:
 
 def _as_they_are(names: Sequence[str]) -> list[str]:
     return list(names)
+
+
+def _as_folders(names: Sequence[str]) -> list[str]:
+    return [class_of(name) for name in names]
 
 
 def _plain(names: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from ..diffusion.flow import METHODS
 from ..diffusion.flow import SAMPLERS as FLOW_SAMPLERS
 from ..diffusion.solvers import make_scheduler
 from ..errors import DiffFitError
-from ..models.classes import composed
+from ..models.classes import class_of, composed
 from ..models.deltas import OWN, Own, shown_delta
 from .guidance import EVERYWHERE, Guidance, Predictor
 
@@ -286,7 +286,7 @@ def resolve_labels(
     """Class numbers (0 .. num_classes - 1) and names, mixed -> (N,) long on the CPU.
 
     A whole number is a class's number. Text is a name, or a number where it is one; ``#3`` is class 3 and ``name:3`` the
-    class of that name, whatever the names are.
+    class of that name, whatever the names are. Of a letter the name of its folder will do, too (``lower_a``).
 
     Raises:
         DiffFitError: a number out of range, an unknown name (the nearest known one is named), names without a list, or text
@@ -310,6 +310,9 @@ def _number(label: int | str, names: Sequence[str] | None, num_classes: int) -> 
     text = composed(label)
     wanted = {text, text[5:]} if text.startswith("name:") else {text}
     meant = [row for row, name in enumerate(names or []) if name in wanted]
+    if not meant:  # a letter by the name of its folder, or the other way round
+        wanted = set(map(class_of, wanted))
+        meant = [row for row, name in enumerate(names or []) if class_of(name) in wanted]
     number = re.fullmatch(r"#?(-?[0-9]+)", text)
     if number is None and not meant:
         raise DiffFitError(_unknown_name(label, names))
