@@ -44,40 +44,6 @@ struct PairScratch {
 };
 
 // -- forward ---------------------------------------------------------------------------------------------------------
-// p <- exp(s - max) in every row of n, rounded; the inverse of the row's sum, before rounding, and the logarithm of the sum
-// of exp(s). Behind the end of a row p is zero up to the end of a vector.
-template <int R>
-DF_INLINE void probabilities_few(const float* s, int64_t ld, Pair* p, int64_t p_ld, float* inverse, float* lse, int64_t n) {
-  vf top[R];
-  for (int r = 0; r < R; ++r) top[r] = splat(-__builtin_inff());
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    for (int r = 0; r < R; ++r) top[r] = max_or(load(s + r * ld + i, Full{}), top[r]);
-  }
-  for (int r = 0; r < R; ++r) {
-    const float* row = s + r * ld;
-    bf16* to = reinterpret_cast<bf16*>(p + r * p_ld);
-    float largest = fold_max(top[r]);
-    for (int64_t j = i; j < n; ++j) largest = row[j] > largest ? row[j] : largest;
-    vf sum = {};
-    each(n, [&](int64_t j, auto lanes) DF_LAMBDA {
-      const vf e = keep(exp_nonpositive(load(row + j, lanes) - largest), lanes);
-      store(to + j, e, Full{});
-      sum += e;
-    });
-    const float total = fold_sum(sum);
-    inverse[r] = 1.0f / total;
-    lse[r] = largest + __builtin_logf(total);
-  }
-}
-
-DF_KERNEL void probabilities(const float* s, int64_t ld, Pair* p, int64_t p_ld, float* inverse, float* lse, int64_t rows,
-                             int64_t n) {
-  int64_t t = 0;
-  for (; t + 4 <= rows; t += 4) probabilities_few<4>(s + t * ld, ld, p + t * p_ld, p_ld, inverse + t, lse + t, n);
-  for (; t < rows; ++t) probabilities_few<1>(s + t * ld, ld, p + t * p_ld, p_ld, inverse + t, lse + t, n);
-}
-
 struct DotForwardRoom {
   Scratch scratch;
   HeadVectors vectors;
@@ -117,7 +83,7 @@ DF_KERNEL void dot_forward_queries(const Head<bf16>& h, bf16* o, float* lse, int
     const int64_t rows = last - t < block ? last - t : block;
     round_queries(h.z + t * stride, stride, room.vectors.bias, room.vectors.query, room.rows, ld2, rows, d);
     multiply<Pair>({room.rows, ld2, 1}, {room.keys, kPanel, kPanel * d2}, room.scores, wide, rows, n, d2, false);
-    probabilities(room.scores, wide, room.p, wide2, room.inverse, lse + t, rows, n);
+    exponentials(room.scores, wide, reinterpret_cast<bf16*>(room.p), 2 * wide2, room.inverse, lse + t, rows, n);
     multiply<Pair>({room.p, wide2, 1}, {room.values, ld, kPanel}, room.sums, ld, rows, d, n2, false);
     scale_output(room.sums, ld, room.inverse, room.vectors.value, o + t * h.D, h.D, rows, d);
   }

@@ -82,9 +82,10 @@ DF_KERNEL void pack_queries(const T* x, int64_t stride, const float* bias, const
 }
 
 // -- forward ---------------------------------------------------------------------------------------------------------
-// s <- exp(s - max) in every row of n, the inverse of the row's sum, and the logarithm of the sum of exp(s).
-template <int R>
-DF_INLINE void exponentials_few(float* s, int64_t ld, float* inverse, float* lse, int64_t n) {
+// p <- exp(s - max) in every row of n, which may lie where s does; the inverse of the row's sum, before p is rounded, and the
+// logarithm of the sum of exp(s). Behind the end of a row p is zero up to the end of a vector.
+template <int R, class P>
+DF_INLINE void exponentials_few(const float* s, int64_t ld, P* p, int64_t p_ld, float* inverse, float* lse, int64_t n) {
   vf top[R];
   for (int r = 0; r < R; ++r) top[r] = splat(-__builtin_inff());
   int64_t i = 0;
@@ -92,13 +93,14 @@ DF_INLINE void exponentials_few(float* s, int64_t ld, float* inverse, float* lse
     for (int r = 0; r < R; ++r) top[r] = max_or(load(s + r * ld + i, Full{}), top[r]);
   }
   for (int r = 0; r < R; ++r) {
-    float* row = s + r * ld;
+    const float* row = s + r * ld;
+    P* to = p + r * p_ld;
     float largest = fold_max(top[r]);
     for (int64_t j = i; j < n; ++j) largest = row[j] > largest ? row[j] : largest;
     vf sum = {};
     each(n, [&](int64_t j, auto lanes) DF_LAMBDA {
       const vf e = keep(exp_nonpositive(load(row + j, lanes) - largest), lanes);
-      store(row + j, e, Full{});
+      store(to + j, e, Full{});
       sum += e;
     });
     const float total = fold_sum(sum);
@@ -107,10 +109,12 @@ DF_INLINE void exponentials_few(float* s, int64_t ld, float* inverse, float* lse
   }
 }
 
-DF_KERNEL void exponentials(float* s, int64_t ld, float* inverse, float* lse, int64_t rows, int64_t n) {
+template <class P>
+DF_KERNEL void exponentials(const float* s, int64_t ld, P* p, int64_t p_ld, float* inverse, float* lse, int64_t rows,
+                            int64_t n) {
   int64_t t = 0;
-  for (; t + 4 <= rows; t += 4) exponentials_few<4>(s + t * ld, ld, inverse + t, lse + t, n);
-  for (; t < rows; ++t) exponentials_few<1>(s + t * ld, ld, inverse + t, lse + t, n);
+  for (; t + 4 <= rows; t += 4) exponentials_few<4>(s + t * ld, ld, p + t * p_ld, p_ld, inverse + t, lse + t, n);
+  for (; t < rows; ++t) exponentials_few<1>(s + t * ld, ld, p + t * p_ld, p_ld, inverse + t, lse + t, n);
 }
 
 template <class T>
@@ -158,7 +162,7 @@ DF_KERNEL void attention_forward_queries(const Head<T>& h, T* o, float* lse, int
     const int64_t rows = last - t < block ? last - t : block;
     pack_queries(h.z + t * stride, stride, room.vectors.bias, room.vectors.query, room.queries, ld, rows, d);
     multiply<float>({room.queries, ld, 1}, {room.keys, kPanel, kPanel * d}, room.scores, wide, rows, n, d, false);
-    exponentials(room.scores, wide, room.inverse, lse + t, rows, n);
+    exponentials(room.scores, wide, room.scores, wide, room.inverse, lse + t, rows, n);
     multiply<float>({room.scores, wide, 1}, {room.values, ld, kPanel}, room.sums, ld, rows, d, n, false);
     scale_output(room.sums, ld, room.inverse, room.vectors.value, o + t * h.D, h.D, rows, d);
   }
