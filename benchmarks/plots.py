@@ -30,6 +30,11 @@ COLOURS = {"full": "tab:gray", "frozen": "tab:orange", "lora": "tab:purple", "fa
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
+def device_of(result: dict[str, Any]) -> str:
+    """The device of a row, without how many of its threads ran: "AMD EPYC, 2 threads, AVX512" is "AMD EPYC, AVX512"."""
+    return ", ".join(part for part in result["device"].split(", ") if not part.endswith(" threads"))
+
+
 def load(results: Path, pattern: str) -> list[tuple[Path, dict[str, Any]]]:
     """All result files of this name under ``results``, in the order of their paths."""
     return [(path, json.loads(path.read_text())) for path in sorted(results.rglob(pattern))]
@@ -56,7 +61,7 @@ def speed_table(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> 
         model = f"{result['model']}, {result['image_size']} px, batch {result['batch_size']}, {result['dtype']}"
         where = os.path.relpath(path, root).replace(os.sep, "/")
         cells = [
-            f"{result['device'].split(', ')[0]}, PyTorch {result['torch']}", model,
+            f"{device_of(result)}, PyTorch {result['torch']}", model,
             *(_milliseconds(modes, name) for name in (full, frozen, ours)),
             _ratio(ratios, "vs_best_full"), _ratio(ratios, "vs_best_frozen"),
             f"{ratios['step_over_floor']:.2f}" if "step_over_floor" in ratios else "",
@@ -119,7 +124,7 @@ def apply_table(files: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> 
         for model, measured in result["models"].items():
             modes, ratios = measured["modes"], measured["ratios"]
             lines.append([
-                f"{result['device'].split(', ')[0]}, PyTorch {result['torch']}", f"{MODELS[model]}, {shape}",
+                f"{device_of(result)}, PyTorch {result['torch']}", f"{MODELS[model]}, {shape}",
                 f"{modes['ours']['step_ms']['median']:.1f} ms, {_mebibytes(modes, 'ours')}" if "ours" in modes else "",
                 *(f"{_ratio(ratios, f'vs_{name}')}, {_mebibytes(modes, name)}" if name in modes else "" for name in OTHERS),
                 f"[{result['date'][:10]}]({where})",
@@ -151,7 +156,7 @@ def _many_table(path: Path, result: dict[str, Any], root: Path) -> str:
     where = os.path.relpath(path, root).replace(os.sep, "/")
     expected, tokens = result["prediction"], (result["side"] // 2) ** 2
     head = (
-        f"{result['device'].split(', ')[0]}, PyTorch {result['torch']}, width {result['width']}, {result['depth']} blocks, "
+        f"{device_of(result)}, PyTorch {result['torch']}, width {result['width']}, {result['depth']} blocks, "
         f"{tokens} tokens, batch {result['batch_size']} in {result['domains']} domains, {result['dtype']} "
         f"([{result['date'][:10]}]({where})). Before measuring, products alone: a domain for each sample "
         f"{expected['mixed_flops_times_one']:.4f} × one, LoRA {expected['lora_flops_times_one']:.3f} × one; vectors laid "
