@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from optest import BF16, F32, KERNEL_SLACK, ROUNDING, draw
-from test_cpp_kernels import INSTRUCTION_SETS, capability, skip_unless_another
+from test_cpp_kernels import INSTRUCTION_SETS, capability, check_apart
 from torch import Tensor
 
 from difffit_fast import _ext
@@ -288,14 +284,4 @@ def check_instruction_set(name: str) -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_processor(name: str) -> None:
-    skip_unless_another(name)
-    script = f"import test_cpp_attention as t, conftest\nwith conftest.poison(): t.check_instruction_set({name!r})"
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "DIFFFIT_FAST_CPU": name},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    check_apart("test_cpp_attention", "check_instruction_set", name)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from optest import BF16, F32, draw
-from test_cpp_kernels import INSTRUCTION_SETS, capability, skip_unless_another
+from test_cpp_kernels import INSTRUCTION_SETS, capability, check_apart
 from test_cpp_mlp import DTYPES, dtypes
 from torch import Tensor
 
@@ -219,14 +215,4 @@ def check_instruction_set(name: str) -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_processor(name: str) -> None:
-    skip_unless_another(name)
-    script = f"import test_cpp_block as t, conftest\nwith conftest.poison(): t.check_instruction_set({name!r})"
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "DIFFFIT_FAST_CPU": name},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    check_apart("test_cpp_block", "check_instruction_set", name)

@@ -172,10 +172,20 @@ def check_everything(name: str) -> None:
     assert capability() == name
 
 
+def check_apart(module: str, function: str, name: str) -> None:
+    """Call ``function(name)`` of a module of tests in a process of its own that runs the kernels for this instruction set."""
+    skip_unless_another(name)
+    run = subprocess.run(
+        [sys.executable, "-c", f"import {module} as t, conftest\nwith conftest.poison(): t.{function}({name!r})"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "DIFFFIT_FAST_CPU": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_processor(name: str) -> None:
-    skip_unless_another(name)
-    script = f"import test_cpp_kernels as t, conftest\nwith conftest.poison(): t.check_everything({name!r})"
-    command = [sys.executable, "-c", script]
-    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    check_apart("test_cpp_kernels", "check_everything", name)

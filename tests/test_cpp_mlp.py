@@ -4,17 +4,13 @@ choice between it and PyTorch's products."""
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from optest import BF16, F32, KERNEL_SLACK
 from optest import draw as draw_double
-from test_cpp_kernels import INSTRUCTION_SETS, capability, skip_unless_another
+from test_cpp_kernels import INSTRUCTION_SETS, capability, check_apart
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -267,14 +263,4 @@ def check_instruction_set(name: str) -> None:
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_of_this_processor(name: str) -> None:
-    skip_unless_another(name)
-    script = f"import test_cpp_mlp as t, conftest\nwith conftest.poison(): t.check_instruction_set({name!r})"
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "DIFFFIT_FAST_CPU": name},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    check_apart("test_cpp_mlp", "check_instruction_set", name)
