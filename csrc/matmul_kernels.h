@@ -234,6 +234,7 @@ DF_KERNEL void transpose_pairs(const Pair* x, int64_t ld, Pair* panels, int64_t 
   }
 }
 
+// As pack_columns and pack_rows above, k even.
 DF_KERNEL void pack_columns(const bf16* x, float* to, int64_t k, int64_t n, int64_t first, int64_t last) {
   for (int64_t p = first; p < last; ++p) {
     Pair* panel = reinterpret_cast<Pair*>(to) + p * kPanel * (k / 2);
@@ -286,8 +287,8 @@ inline const float* panels_from(const float* panels, int64_t depth, int64_t n, i
   return panels + (n * depth + k * kPanel) / Step<E>::kNumbers;
 }
 
-// Where a product of E with `width` columns puts its result: into `to` itself if that is float32, else into `memory`, from
-// where round_result brings it there.
+// Where a product puts its result that is to be `to`: there if it is float32, else into `memory`, from where round_result
+// brings it there.
 inline float* result_of(float* to, float*) { return to; }
 inline void round_result(const float*, float*, int64_t) {}
 #ifdef DF_DOTS

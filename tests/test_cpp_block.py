@@ -102,6 +102,12 @@ def test_a_stream_in_bfloat16() -> None:
     check(inputs(2, 37, 48, 144, 3, BF16, stream=BF16), BF16)
 
 
+def test_a_stream_that_the_operation_does_not_take() -> None:
+    given = inputs(2, 37, 48, 144, 3, F32, stream=torch.float16)
+    for name, p, q in zip(NAMES, run(given), run(given, "library"), strict=True):
+        torch.testing.assert_close(p, q, msg=name, rtol=1e-4, atol=1e-4)
+
+
 def test_the_last_block_of_a_model_whose_end_nobody_reads() -> None:
     """h of a block has no gradient then: the backward is put together of the other operations."""
     given = inputs(2, 37, 48, 144, 3, F32)

@@ -33,6 +33,8 @@ from .residual import (
     residual_backward,
 )
 
+_STREAMS = (torch.float32, torch.bfloat16)  # that the C++ operation takes
+
 
 def _check(
     x: Tensor,
@@ -84,7 +86,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     _check(x, h, qkv, proj, fc1, fc2, vectors, bias1, joint1, joint2)
     shape, d = h.shape, h.shape[-1]
-    if in_pieces(h, fc1, qkv, proj, fc2):
+    if x.dtype in _STREAMS and in_pieces(h, fc1, qkv, proj, fc2):
         rest = (_wide(x, vectors), _wide(x, bias1), _wide(x, joint1), _wide(x, joint2), num_heads, eps)
         weights = (w.contiguous() for w in (qkv, proj, fc1, fc2))
         return cpp_ops().block_forward(x.contiguous(), h.contiguous(), *weights, *rest)
@@ -157,7 +159,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, d = branch1.shape, branch1.shape[-1]
     joint1, joint2 = _wide(y1, joint1), _wide(y1, joint2)
-    if dh is not None and in_pieces(dh, fc1, qkv, proj, fc2):
+    if dh is not None and y1.dtype in _STREAMS and in_pieces(dh, fc1, qkv, proj, fc2):
         weights = (w.contiguous() for w in (qkv, proj, fc1, fc2))
         rest = (num_heads, need_dh, None if bias1 is None else _wide(y1, bias1))
         saved = (z, o, lse, branch1, y1, mean1, rstd1, u, branch2, y2, mean2, rstd2)
